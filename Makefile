@@ -1,0 +1,53 @@
+# make setup | quickstart | test | slow | lint | types | docs | bench
+# A machine without a GPU may fetch the smaller torch: make setup TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := setup
+.PHONY: setup quickstart test slow lint types docs docs-check bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "axolotl needs Python 3.11 or newer, this is " + sys.version.split()[0] + ". Choose one: make setup PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
+	@touch $(STAMP)
+
+quickstart: $(STAMP)
+	@$(BIN)/python examples/quickstart/run.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+docs: $(STAMP)
+	$(BIN)/python -m axolotl.cli.document
+
+docs-check: $(STAMP)
+	$(BIN)/python -m axolotl.cli.document --check
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/first_step.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/loss_equality.py
+
+clean:
+	rm -rf build dist outputs last_run_prepared .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,250 @@
+"""The command `axolotl`: one short function per verb. Imports only click; each body imports what it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from axolotl import __version__, console
+from axolotl.errors import ConfigError, Problem, UserError
+
+if TYPE_CHECKING:
+    from axolotl.config import Config
+
+PASS_ON = {"ignore_unknown_options": True, "max_content_width": 100, "help_option_names": ["--help", "-h"]}
+CONFIG_SUFFIXES = (".yml", ".yaml")
+
+
+class Verbs(click.Group):
+    """Shows a user's mistake without a traceback (exit 2) and leaves quietly on Ctrl-C (exit 130)."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            console.show_error(error)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            console.note("Interrupted.")
+            ctx.exit(130)
+
+
+def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(config files, overrides) of what stands after a verb: `a.yml b.yml --lora-r 8 --no-sample-packing`.
+
+    Config files come first, or anywhere where no flag can claim them. A word that ends in .yml belongs to the flag
+    before it only if a config file has been seen already.
+    """
+    sources: list[str] = []
+    overrides: list[str] = []
+    open_flag = False
+    for word in args:
+        if word.startswith("--"):
+            overrides.append(word)
+            open_flag = "=" not in word and not word.startswith("--no-")
+        elif open_flag and (sources or not word.endswith(CONFIG_SUFFIXES)):
+            overrides.append(word)
+            open_flag = False
+        else:
+            sources.append(word)
+            open_flag = False
+    return sources, overrides
+
+
+def _sources_and_overrides(args: Sequence[str], verb: str) -> tuple[list[str], list[Any]]:
+    from axolotl.cli.overrides import parse_overrides
+
+    sources, flags = split_arguments(args)
+    if not sources:
+        raise ConfigError(
+            Problem(
+                f"`axolotl {verb}` needs a config file.",
+                f"For example: axolotl {verb} config.yml. `axolotl fetch examples` brings some.",
+                "missing",
+            )
+        )
+    return sources, parse_overrides(flags)
+
+
+def _load(args: Sequence[str], verb: str) -> Config:
+    from axolotl.config import load_config
+
+    sources, overrides = _sources_and_overrides(args, verb)
+    return load_config(sources, overrides)
+
+
+def _with_key(args: tuple[str, ...], flag: str, value: str | None) -> tuple[str, ...]:
+    """A flag of the verb that is also a config key takes the way of every override."""
+    return args if value is None else (*args, f"{flag}={value}")
+
+
+def takes_config(function: Callable[..., None]) -> Callable[..., None]:
+    """The arguments of every verb that reads a config: files, then any `--key value`."""
+    return click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="CONFIG... [--KEY VALUE]...")(function)
+
+
+def _only_python(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if value != "python":
+        raise click.BadParameter(
+            f"`{value}` is not available yet: training runs in this process, on one device. For several processes "
+            "start it with your own launcher: accelerate launch -m axolotl.cli.train config.yml",
+            ctx,
+            param,
+        )
+    return value
+
+
+takes_launcher = click.option(
+    "--launcher",
+    default="python",
+    callback=_only_python,
+    expose_value=False,
+    help="What starts the processes: `python`, this one.",
+)
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="axolotl")
+def cli() -> None:
+    """Fine-tune language models from one flat YAML file.
+
+    Any key of the config can be overridden behind it: axolotl train config.yml --learning-rate 1e-4 --no-sample-packing
+    """
+
+
+@cli.command(context_settings=PASS_ON)
+@takes_launcher
+@takes_config
+def train(args: tuple[str, ...]) -> None:
+    """Train, after preparing the data where that has not been done."""
+    cfg = _load(args, "train")
+    from axolotl import run
+
+    run.train(cfg)
+
+
+@cli.command(context_settings=PASS_ON)
+@click.option("--debug", is_flag=True, help="Show rows as the model will see them, with what is trained marked.")
+@takes_config
+def preprocess(args: tuple[str, ...], debug: bool) -> None:
+    """Tokenize the datasets and save them, so that training starts at once."""
+    cfg = _load(args, "preprocess")
+    from axolotl import run
+
+    run.preprocess(cfg, debug=debug)
+
+
+@cli.command(context_settings=PASS_ON)
+@click.option("--lora-model-dir", metavar="DIR", help="The adapter to evaluate; output_dir's by default.")
+@takes_launcher
+@takes_config
+def evaluate(args: tuple[str, ...], lora_model_dir: str | None) -> None:
+    """Loss and perplexity of the trained model on the test set."""
+    cfg = _load(_with_key(args, "--lora-model-dir", lora_model_dir), "evaluate")
+    from axolotl import run
+
+    run.evaluate(cfg)
+
+
+@cli.command(context_settings=PASS_ON)
+@click.option("--prompt", metavar="TEXT", help="One question; without it, and without a terminal, stdin is read.")
+@click.option("--prompt-file", type=click.Path(path_type=Path), metavar="FILE", help="A file that holds one question.")
+@click.option("--chat", is_flag=True, help="A conversation at the terminal.")
+@click.option("--gradio", is_flag=True, help="A page in the browser, on this machine only.")
+@click.option("--input", "input_file", type=click.Path(path_type=Path), metavar="ROWS.jsonl", help="Many questions.")
+@click.option("--output", "output_file", type=click.Path(path_type=Path), metavar="OUT.jsonl", help="Their answers.")
+@click.option("--lora-model-dir", metavar="DIR", help="The adapter to use; output_dir's by default.")
+@click.option("--base-model", metavar="MODEL", help="Another model than the config's, a merged one for example.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="The longest answer, in tokens.")
+@click.option("--temperature", type=click.FloatRange(min=0), metavar="T", help="0: always the likeliest token.")
+@takes_launcher
+@takes_config
+def inference(
+    args: tuple[str, ...], lora_model_dir: str | None, base_model: str | None, **options: Any
+) -> None:
+    """Ask the model: one prompt, many rows, or a conversation."""
+    args = _with_key(_with_key(args, "--lora-model-dir", lora_model_dir), "--base-model", base_model)
+    cfg = _load(args, "inference")
+    from axolotl import run
+
+    run.inference(cfg, **options)
+
+
+@cli.command("merge-lora", context_settings=PASS_ON)
+@click.option("--lora-model-dir", metavar="DIR", help="The adapter to merge; output_dir's by default.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Default: merged in output_dir.")
+@takes_config
+def merge_lora(args: tuple[str, ...], lora_model_dir: str | None, output: Path | None) -> None:
+    """Write base model and adapter as one model."""
+    cfg = _load(_with_key(args, "--lora-model-dir", lora_model_dir), "merge-lora")
+    from axolotl import run
+
+    run.merge(cfg, destination=output)
+
+
+@cli.command()
+@click.argument("what", metavar="[examples|deepspeed_configs]")
+@click.option("--dest", type=click.Path(path_type=Path), metavar="DIR", help="Where to; a folder of that name by default.")
+@click.option("--force", is_flag=True, help="Overwrite files that differ.")
+def fetch(what: str, dest: Path | None, force: bool) -> None:
+    """Copy the example configs or DeepSpeed configs that came with this package. Needs no network."""
+    from axolotl.cli.fetch import fetch as copy
+
+    copy(what, dest, force=force)
+
+
+@cli.command(context_settings=PASS_ON)
+@click.option("--config-only", is_flag=True, help="Read nothing but the YAML: no network, no model, no hardware.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@takes_config
+@click.pass_context
+def check(ctx: click.Context, args: tuple[str, ...], config_only: bool, as_json: bool) -> None:
+    """Validate config, data and environment; run nothing."""
+    from axolotl.cli.document import report_check
+
+    def find() -> Sequence[Problem]:
+        cfg = _load(args, "check")
+        if config_only:
+            return cfg.warnings
+        from axolotl import run
+
+        return run.check(cfg)
+
+    ctx.exit(report_check(find, as_json=as_json))
+
+
+@cli.command("config-schema")
+def config_schema() -> None:
+    """Print the JSON Schema of the config, for editors."""
+    import json
+
+    from axolotl.cli.document import config_schema as schema
+
+    console.out(json.dumps(schema(), indent=2))
+
+
+@cli.command(context_settings=PASS_ON)
+@takes_config
+def explain(args: tuple[str, ...]) -> None:
+    """What a key means (`explain lora_r`), or every effective value of a config (`explain config.yml`)."""
+    from axolotl.cli.document import explain_config, explain_key
+
+    sources, _ = split_arguments(args)
+    if sources and not any(s.endswith(CONFIG_SUFFIXES) or "/" in s for s in sources):
+        for key in sources:
+            console.out(explain_key(key))
+    else:
+        console.out(explain_config(_load(args, "explain")))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The entry point; leaves by SystemExit."""
+    cli.main(args=None if args is None else list(args), prog_name="axolotl")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,105 @@
+"""The keys of runs on several devices: DDP, FSDP, DeepSpeed, parallel axes, Ray."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from axolotl.config.section import Block, Int, NonNegativeInt, PositiveInt, Section, Text, later, validated
+
+StateDict = Literal["FULL_STATE_DICT", "LOCAL_STATE_DICT", "SHARDED_STATE_DICT"]
+
+
+class FsdpConfig(Block):
+    """How FSDP shards the model."""
+
+    fsdp_version: Literal[1, 2] | None = None
+    """FSDP's version: 2 is today's."""
+    activation_checkpointing: bool | None = None
+    """Compute activations again in the backward pass."""
+    offload_params: bool | None = None
+    """Keep parameters in CPU memory while they are not needed."""
+    sync_module_states: bool | None = None
+    """Send the weights of the first process to all others at the start."""
+    cpu_ram_efficient_loading: bool | None = None
+    """Load the weights on the first process only."""
+    cpu_offload_pin_memory: bool | None = None
+    """Pin the CPU memory of offloaded parameters."""
+    use_orig_params: bool | None = None
+    """Keep the original parameters visible (version 1)."""
+    state_dict_type: StateDict | None = None
+    """Form in which checkpoints hold the weights."""
+    final_state_dict_type: StateDict | None = None
+    """Form in which the finished weights are saved."""
+    auto_wrap_policy: Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"] | None = None
+    """How the model is divided into units."""
+    transformer_layer_cls_to_wrap: Text | list[Text] | None = None
+    """Classes of the layers that become units."""
+    min_num_params: PositiveInt | None = None
+    """Size from which a module becomes a unit."""
+    reshard_after_forward: bool | None = None
+    """Give gathered weights back after the forward pass: less memory, more traffic."""
+    mixed_precision_policy: Text | None = None
+    """Number type in which sharded weights compute."""
+
+
+class DistributedSection(Section):
+    """Several devices: DDP, FSDP, DeepSpeed, parallel axes, Ray."""
+
+    title: ClassVar[str] = "Several devices"
+
+    ddp: bool | None = None
+    """Give every device a copy of the model."""
+    ddp_timeout: PositiveInt | None = None
+    """Seconds that processes wait for each other."""
+    ddp_bucket_cap_mb: PositiveInt | None = None
+    """Size of the packets in which gradients travel, in MB."""
+    ddp_broadcast_buffers: bool | None = None
+    """Send buffers from the first process to all others at each step."""
+    ddp_find_unused_parameters: bool | None = None
+    """Allow parameters that a step does not use."""
+    deepspeed: Text | dict[str, Any] | None = validated("DeepSpeed")
+    """DeepSpeed's configuration: a JSON file, or the mapping itself."""
+    deepcompile: bool = validated("DeepSpeed", False)
+    """Let DeepSpeed compile the model."""
+    fsdp_config: FsdpConfig | None = validated("FSDP")
+    """Shard the model over the devices with FSDP."""
+    fsdp_version: Literal[1, 2] | None = validated("FSDP")
+    """FSDP's version: 2 is today's."""
+    fsdp_final_state_dict_type: StateDict | None = validated("FSDP")
+    """Form in which the finished weights are saved."""
+    dp_shard_size: Int | None = validated("parallel axes")
+    """Devices over which the model is sharded."""
+    dp_replicate_size: PositiveInt | None = validated("parallel axes")
+    """Copies of the sharded model."""
+    tensor_parallel_size: PositiveInt | None = validated("parallel axes")
+    """Devices that share each matrix product."""
+    context_parallel_size: PositiveInt | None = validated("parallel axes")
+    """Devices that share each row."""
+    heads_k_stride: PositiveInt | None = validated("parallel axes")
+    """Attention heads that travel at a time between these devices."""
+    ring_attn_func: Text | None = validated("parallel axes")
+    """How they share attention: varlen_llama3 for packed rows, batch_ring, ..."""
+    world_size: PositiveInt | None = None
+    """Number of processes; set by the launcher."""
+    local_rank: Int | None = None
+    """Number of this process on its machine; set by the launcher."""
+    use_ray: bool = validated("Ray", False)
+    """Run on a Ray cluster."""
+    ray_run_name: Text | None = validated("Ray")
+    """Name of the run on Ray."""
+    ray_num_workers: PositiveInt = validated("Ray", 1)
+    """Workers on Ray."""
+    resources_per_worker: dict[str, Any] | None = validated("Ray")
+    """What each worker needs, such as `{GPU: 1}`."""
+    expert_parallel_size: PositiveInt = later("expert parallelism", 1)
+    """Devices that share the experts of a mixture-of-experts model."""
+    expert_parallel_backend: Text = later("expert parallelism", "deep_ep")
+    """How tokens travel to their experts."""
+    expert_parallel_num_nvl_bytes: PositiveInt = later("expert parallelism", 256 << 20)
+    """Size of the buffer within a machine."""
+    expert_parallel_num_rdma_bytes: NonNegativeInt = later("expert parallelism", 0)
+    """Size of the buffer between machines."""
+    expert_parallel_token_capacity: PositiveInt | None = later("expert parallelism")
+    """Tokens for which the buffers are sized."""
+    expert_parallel_fallback_on_unsupported: bool = later("expert parallelism", True)
+    """Go on without it where the hardware cannot."""

@@ -1,0 +1,96 @@
+"""Keys that make training faster or leaner without changing what it computes: kernels and losses."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from axolotl.config.section import NonNegativeFloat, PositiveInt, Section, Steps, Text, later
+
+MOE = "mixture-of-experts kernels"
+
+
+class KernelsSection(Section):
+    """Faster paths: kernels, fused losses. Where none fits, the plain path computes the same."""
+
+    title: ClassVar[str] = "Kernels and losses"
+
+    lora_mlp_kernel: bool | None = None
+    """Fused LoRA in the feed-forward layers."""
+    lora_qkv_kernel: bool | None = None
+    """Fused LoRA in the query, key and value projections."""
+    lora_o_kernel: bool | None = None
+    """Fused LoRA in the attention's output projection."""
+    lora_embedding_kernel: bool | None = None
+    """Fused LoRA in the embeddings."""
+    use_kernels: bool | None = None
+    """Take kernels from the Hub where the model has some."""
+    liger_rope: bool | None = None
+    """Fused rotary embedding."""
+    liger_rms_norm: bool | None = None
+    """Fused RMS norm."""
+    liger_rms_norm_gated: bool | None = None
+    """Fused gated RMS norm."""
+    liger_layer_norm: bool | None = None
+    """Fused layer norm."""
+    liger_glu_activation: bool | None = None
+    """Fused gated activation of the feed-forward layers."""
+    liger_cross_entropy: bool | None = None
+    """Fused cross entropy over whole logits."""
+    liger_fused_linear_cross_entropy: bool | None = None
+    """Output head and cross entropy in one, without whole logits."""
+    liger_use_token_scaling: bool | None = later("losses weighted by token")
+    """Weigh each token's loss by its probability."""
+    cut_cross_entropy: bool | None = None
+    """Cross entropy that never holds whole logits (Cut Cross-Entropy)."""
+    chunked_cross_entropy: bool | None = None
+    """Cross entropy in pieces, which needs less memory."""
+    chunked_cross_entropy_num_chunks: PositiveInt | None = None
+    """Number of these pieces."""
+    flash_attn_cross_entropy: bool | None = None
+    """Cross entropy of the flash-attention package."""
+    flash_attn_fuse_mlp: bool | None = None
+    """Fuse the feed-forward layers, as old versions of flash-attention did."""
+    use_eaft: bool = later("entropy-aware losses", False)
+    """Weigh each token's loss by the entropy of its prediction."""
+    eaft_alpha: NonNegativeFloat = later("entropy-aware losses", 1.0)
+    """Strength of that weighing."""
+    eaft_k: PositiveInt = later("entropy-aware losses", 20)
+    """Likeliest tokens from which entropy is estimated."""
+    tiled_mlp: bool | None = None
+    """Compute feed-forward layers in pieces along the row: long contexts in less memory."""
+    tiled_mlp_num_shards: PositiveInt | None = None
+    """Number of these pieces."""
+    tiled_mlp_use_original_mlp: bool = True
+    """Use the model's own feed-forward code for the pieces."""
+    dsv4_fp4_grouped_mode: Text | None = later(MOE)
+    """Mode of DeepSeek V4's 4-bit grouped products."""
+    dsv4_fp8_nonexpert_mode: Text | None = later(MOE)
+    """Mode of DeepSeek V4's 8-bit layers outside the experts."""
+    dsv4_fp8_lora_kernel: bool | None = later(MOE)
+    """Fused LoRA on DeepSeek V4's 8-bit layers."""
+    dsv4_shared_mlp_lora_kernel: bool | None = later(MOE)
+    """Fused LoRA on DeepSeek V4's shared experts."""
+    dsv4_bf16_all: bool | None = later(MOE)
+    """Compute all of DeepSeek V4 in bfloat16."""
+    use_dsv4_kernels: bool | None = later(MOE)
+    """Kernels for DeepSeek V4."""
+    use_glm_dsa_kernels: bool | None = later(MOE)
+    """Kernels for GLM's sparse attention."""
+    experts_implementation: Text | None = None
+    """How transformers computes experts: eager, batched_mm, grouped_mm."""
+    expert_backend: Text | None = later(MOE)
+    """Kernels for the experts: scattermoe or sonicmoe."""
+    nonexpert_quantization: Text | None = later(MOE)
+    """Quantisation of the layers outside the experts."""
+    moe_grouped_backend: Text | None = later(MOE)
+    """Backend of grouped products."""
+    moe_dequant_chunk_size: PositiveInt | None = later(MOE)
+    """Experts that are dequantised at a time."""
+    moe_bnb_fast: bool | None = later(MOE)
+    """Faster experts in 4 bits."""
+    nvfp4_merge_aware: bool | None = later(MOE)
+    """Train so that merging into NVFP4 weights loses little."""
+    nvfp4_merge_aware_start_step: Steps | None = later(MOE)
+    """Step at which that begins."""
+    dense_mixer: bool = later("DenseMixer", False)
+    """Let every expert learn from every token (DenseMixer)."""

@@ -1,0 +1,187 @@
+"""The index of all keys: who owns each, what is nested in it, and which one a misspelt key was meant to be."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import get_args, get_origin
+
+from axolotl.config.adapter import AdapterSection
+from axolotl.config.data import DataSection
+from axolotl.config.distributed import DistributedSection
+from axolotl.config.kernels import KernelsSection
+from axolotl.config.method import MethodSection
+from axolotl.config.model import ModelSection
+from axolotl.config.optim import OptimSection
+from axolotl.config.output import OutputSection
+from axolotl.config.section import Block, Section, members
+from axolotl.config.tracking import TrackingSection
+from axolotl.config.train import TrainSection
+
+SECTIONS: MappingProxyType[str, type[Section]] = MappingProxyType(
+    {
+        "model": ModelSection,
+        "adapter": AdapterSection,
+        "data": DataSection,
+        "optim": OptimSection,
+        "train": TrainSection,
+        "method": MethodSection,
+        "distributed": DistributedSection,
+        "kernels": KernelsSection,
+        "tracking": TrackingSection,
+        "output": OutputSection,
+    }
+)
+
+# Words that people bring from other tools.
+SYNONYMS = {
+    "alpha": "lora_alpha",
+    "attention": "attn_implementation",
+    "base_model_name": "base_model",
+    "batch": "micro_batch_size",
+    "context_length": "sequence_len",
+    "cutoff_len": "sequence_len",
+    "dataset": "datasets",
+    "dropout": "lora_dropout",
+    "epochs": "num_epochs",
+    "eval_datasets": "test_datasets",
+    "eval_dataset": "test_datasets",
+    "finetuning_type": "adapter",
+    "grad_accum": "gradient_accumulation_steps",
+    "grad_accumulation_steps": "gradient_accumulation_steps",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
+    "lr": "learning_rate",
+    "lr_scheduler_type": "lr_scheduler",
+    "max_len": "sequence_len",
+    "max_length": "sequence_len",
+    "max_seq_len": "sequence_len",
+    "max_seq_length": "sequence_len",
+    "model": "base_model",
+    "model_name": "base_model",
+    "model_name_or_path": "base_model",
+    "modules_to_save": "lora_modules_to_save",
+    "num_train_epochs": "num_epochs",
+    "optim": "optimizer",
+    "output": "output_dir",
+    "packing": "sample_packing",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "per_device_train_batch_size": "micro_batch_size",
+    "r": "lora_r",
+    "rank": "lora_r",
+    "scheduler": "lr_scheduler",
+    "seq_len": "sequence_len",
+    "sequence_length": "sequence_len",
+    "target_modules": "lora_target_modules",
+    "template": "chat_template",
+    "tokenizer": "tokenizer_config",
+    "train_batch_size": "micro_batch_size",
+    "val_size": "val_set_size",
+    "warmup": "warmup_ratio",
+}
+
+
+@functools.cache
+def owners() -> dict[str, str]:
+    """Each top-level key and the section that owns it."""
+    found: dict[str, str] = {}
+    for name, section in SECTIONS.items():
+        for key in section.model_fields:
+            if key in found:
+                raise TypeError(f"{key} is owned by {found[key]} and by {name}")
+            found[key] = name
+    return found
+
+
+def owner(key: str) -> type[Section]:
+    """The section class of a top-level key."""
+    return SECTIONS[owners()[key]]
+
+
+def blocks_in(annotation: object) -> list[type[Block]]:
+    """The nested blocks that a field can hold, directly or as list items."""
+    found: list[type[Block]] = []
+    for kind in members(annotation):
+        if isinstance(kind, type) and issubclass(kind, Block):
+            found.append(kind)
+        elif get_origin(kind) in (list, tuple):
+            found += blocks_in(get_args(kind)[0])
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """A key inside a block: `datasets[].path` is key `path` of block DatasetEntry within `datasets[]`."""
+
+    parent: str
+    block: type[Block]
+    key: str
+
+    @property
+    def dotted(self) -> str:
+        return f"{self.parent}.{self.key}"
+
+
+def _is_list(annotation: object) -> bool:
+    return any(get_origin(kind) is list for kind in members(annotation))
+
+
+@functools.cache
+def nested() -> tuple[Nested, ...]:
+    """Every key inside a block, with the block's place written `datasets[]`."""
+    found: list[Nested] = []
+
+    def walk(parent: str, block: type[Block]) -> None:
+        for key, field in block.model_fields.items():
+            found.append(Nested(parent, block, key))
+            for inner in blocks_in(field.annotation):
+                walk(f"{parent}.{key}" + ("[]" if _is_list(field.annotation) else ""), inner)
+
+    for section in SECTIONS.values():
+        for key, field in section.model_fields.items():
+            for block in blocks_in(field.annotation):
+                walk(key + ("[]" if _is_list(field.annotation) else ""), block)
+    return tuple(found)
+
+
+def distance(a: str, b: str, limit: int) -> int:
+    """Edits (insert, delete, replace, swap of neighbours) from one word to the other; limit + 1 where it is more."""
+    if abs(len(a) - len(b)) > limit:
+        return limit + 1
+    two: list[int] = []
+    one = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            best = min(one[j] + 1, row[-1] + 1, one[j - 1] + (x != y))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                best = min(best, two[j - 2] + 1)
+            row.append(best)
+        if min(row) > limit:
+            return limit + 1
+        two, one = one, row
+    return one[-1]
+
+
+def nearest(word: str, known: Iterable[str], taken: Collection[str] = ()) -> list[str]:
+    """The known words that `word` was probably meant to be, at most three, best first. `taken` are less likely."""
+    lowered = word.lower().replace("-", "_").replace(" ", "_")
+    known = list(known)
+    limit = 1 if len(word) <= 4 else 2 if len(word) <= 11 else 3
+    scored = [(distance(lowered, each, limit), each) for each in known]
+    best = min((d for d, _ in scored), default=limit + 1)
+    if best <= limit:
+        near = [each for d, each in scored if d == best]
+        fresh = [each for each in near if each not in taken] or near
+        return sorted(fresh, key=lambda each: (each[:1] != lowered[:1], abs(len(each) - len(lowered)), each))[
+            :3
+        ]
+    return difflib.get_close_matches(lowered, known, n=1, cutoff=0.75)
+
+
+def did_you_mean(words: Collection[str]) -> str:
+    """The question, or nothing."""
+    return f"Did you mean {' or '.join(f'`{w}`' for w in words)}?" if words else ""

@@ -1,0 +1,367 @@
+"""From files and overrides to a Config: read, merge, rename, validate, apply the rules, and tell all problems at once."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from axolotl.config.complaints import Complaints
+from axolotl.config.config import Config, sections_from
+from axolotl.config.fetch import read_source
+from axolotl.config.keys import SECTIONS, blocks_in, owner, owners
+from axolotl.config.renames import Renaming, is_off
+from axolotl.config.rules import broken_rules
+from axolotl.config.section import Section, default_of, facts
+from axolotl.config.yaml_file import Document, Spot, dotted, excerpt, parse_value, undotted
+from axolotl.config.yaml_file import Path as KeyPath
+from axolotl.errors import ConfigError, Place, Problem
+
+# Keys in which `${NAME}` stands for an environment variable: paths, names and tracking, never templates or code.
+_ENVIRONMENT = re.compile(
+    r"(base_model|base_model_config|tokenizer_config|revision_of_model|model_revision|lora_model_dir|output_dir"
+    r"|dataset_prepared_path|resume_from_checkpoint|push_dataset_to_hub|hub_\w+|deepspeed|(wandb|mlflow|comet|trackio"
+    r"|swanlab)_\w+|(test_|pretraining_)?datasets?\[\d+\]\.(path|name|split|revision|data_files(\[\d+\])?))$"
+)
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+_EMPTY_COUNTS = {"default_system_message", "chat_template_jinja"}
+
+Source = str | Path
+Overrides = Mapping[str, Any] | Sequence[Any]
+
+
+class Loading:
+    """One load in progress: the merged document, the layer that each key came from, and the problems so far."""
+
+    def __init__(self) -> None:
+        self.document = Document("")
+        self.layers: dict[str, int] = {}
+        self.lines: dict[str, list[str]] = {}
+        self.problems: list[Problem] = []
+        self.sources: list[Path] = []
+        self.bad: set[str] = set()
+
+    def excerpt(self, place: Place) -> str:
+        return excerpt(self.lines.get(place.file, []), place)
+
+    def add(self, problem: Problem) -> None:
+        """Notes a problem, with its excerpt where it has none."""
+        if not problem.excerpt and problem.places:
+            problem = Problem(
+                problem.message,
+                problem.remedy,
+                problem.kind,
+                problem.keys,
+                problem.places,
+                self.excerpt(problem.places[0]),
+            )
+        self.problems.append(problem)
+        if problem.fatal:
+            self.bad.update(str(undotted(k)[0]) for k in problem.keys)
+
+    # Reading
+
+    def read(self, source: Source, layer: int) -> None:
+        """Merges one file over what was read before."""
+        try:
+            document = read_source(source)
+        except ConfigError as error:
+            self.problems += error.problems
+            return
+        self.sources.append(Path(document.name))
+        self.lines[document.name] = document.lines
+        for problem in document.problems:
+            self.add(problem)
+        for key, value in document.values.items():
+            self.put((key,), value, document.spots, layer)
+
+    def put(self, path: KeyPath, value: Any, spots: Mapping[KeyPath, Spot], layer: int) -> None:
+        """Sets a value: mappings merge key by key, anything else replaces what was there."""
+        here: Any = self.document.values
+        for part in path[:-1]:
+            here = here[part]
+        old = here.get(path[-1]) if isinstance(here, dict) else None
+        self.layers[str(path[0])] = layer
+        if isinstance(old, dict) and isinstance(value, dict):
+            if path in spots:
+                self.document.spots[path] = spots[path]
+            for key, inner in value.items():
+                self.put((*path, key), inner, spots, layer)
+            return
+        for each in [p for p in self.document.spots if p[: len(path)] == path]:
+            del self.document.spots[each]
+        for each, spot in spots.items():
+            if each[: len(path)] == path:
+                self.document.spots[each] = spot
+        here[path[-1]] = value
+
+    def override(self, key: str, text: Any, flag: str, layer: int) -> None:
+        """Applies `--key text` as it was typed (or a Python value from a mapping of overrides)."""
+        place = Place(flag)
+        path = tuple(p.replace("-", "_") if isinstance(p, str) else p for p in undotted(key))
+        try:
+            value = parse_value(text, flag) if isinstance(text, str) else text
+        except ConfigError as error:
+            why = error.problems[0].message
+            return self.add(
+                Problem(
+                    f"The value of `{flag}` cannot be read: {why}",
+                    "Quote it.",
+                    "syntax",
+                    (dotted(path),),
+                    (place,),
+                )
+            )
+        spots: dict[KeyPath, Spot] = {}
+
+        def note(at: KeyPath, each: Any) -> None:
+            written = text if isinstance(text, str) and at == path else None
+            spots[at] = Spot(place, place, written if not isinstance(each, dict | list) else None)
+            items = (
+                each.items() if isinstance(each, dict) else enumerate(each) if isinstance(each, list) else ()
+            )
+            for name, inner in items:
+                note((*at, name), inner)
+
+        note(path, value)
+        here: Any = self.document.values
+        for index, part in enumerate(path[:-1]):
+            following: Any = [] if isinstance(path[index + 1], int) else {}
+            if isinstance(here, list):
+                if not isinstance(part, int) or part > len(here):
+                    return self.add(self.misplaced(flag, path[: index + 1], len(here)))
+                if part == len(here):
+                    here.append(following)
+                here = here[part]
+            elif isinstance(here, dict):
+                if here.get(part) is None:
+                    here[part] = following
+                    self.document.spots.setdefault(path[: index + 1], Spot(place, place))
+                here = here[part]
+            if not isinstance(here, dict | list):
+                at = dotted(path[: index + 1])
+                return self.add(
+                    Problem(
+                        f"`{flag}` reaches into `{at}`, which is not a mapping or list.",
+                        f"Set `{at}` as a whole.",
+                        "invalid_value",
+                        (at,),
+                        (place,),
+                    )
+                )
+        if isinstance(here, list):
+            last = path[-1]
+            if not isinstance(last, int) or last > len(here):
+                return self.add(self.misplaced(flag, path, len(here)))
+            if last == len(here):
+                here.append(None)
+        self.put(path, value, spots, layer)
+        return None
+
+    @staticmethod
+    def misplaced(flag: str, path: KeyPath, length: int) -> Problem:
+        return Problem(
+            f"`{flag}` names an item that is not there: `{dotted(path[:-1])}` has {length} items.",
+            "Items are counted from 0.",
+            "invalid_value",
+            (dotted(path[:-1]),),
+            (Place(flag),),
+        )
+
+    # Values
+
+    def expand(self) -> None:
+        """Replaces `${NAME}` in keys that hold paths and names."""
+
+        def walk(path: KeyPath, value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: walk((*path, k), v) for k, v in value.items()}
+            if isinstance(value, list):
+                return [walk((*path, i), v) for i, v in enumerate(value)]
+            if isinstance(value, str) and "${" in value and _ENVIRONMENT.match(dotted(path)):
+                return _VARIABLE.sub(lambda found: self.variable(path, found), value)
+            return value
+
+        for key, value in self.document.values.items():
+            if not str(key).startswith("chat_template"):
+                self.document.values[key] = walk((key,), value)
+
+    def variable(self, path: KeyPath, found: re.Match[str]) -> str:
+        name, fallback = found.groups()
+        if name in os.environ or fallback is not None:
+            return os.environ.get(name) or fallback or ""
+        self.add(
+            Complaints(self.document, self.excerpt).problem(
+                "invalid_value",
+                f"`{dotted(path)}` names the environment variable `{name}`, which is not set.",
+                f"Set it, or write a fallback: `${{{name}:-fallback}}`.",
+                path,
+            )
+        )
+        return ""
+
+    def known_keys(self) -> dict[str, Any]:
+        """The values of known keys that are set; unknown keys become problems."""
+        complaints = Complaints(self.document, self.excerpt)
+        values: dict[str, Any] = {}
+        for key, value in self.document.values.items():
+            if key not in owners():
+                problem = complaints.unknown((key,))
+                if value is None:
+                    problem = Problem(
+                        problem.message + " It is empty, so nothing is lost.",
+                        problem.remedy,
+                        "warning",
+                        problem.keys,
+                        problem.places,
+                        problem.excerpt,
+                    )
+                self.add(problem)
+            elif value is not None and (value != "" or key in _EMPTY_COUNTS):
+                values[key] = value
+        return values
+
+    def unavailable(self, values: dict[str, Any]) -> None:
+        """Tells every key of a feature that is not built yet, unless its value means off."""
+        for key in list(values):
+            section = owner(key)
+            if self.not_built(section, (key,), values[key]):
+                continue
+            if facts(section, key).get("state") == "unavailable":
+                # Off, in whichever way: the field's own default says the same.
+                del values[key]
+
+    def not_built(self, model: type[BaseModel], path: KeyPath, value: Any) -> bool:
+        key = str(path[-1])
+        if key not in model.model_fields:
+            return False
+        field, said = model.model_fields[key], facts(model, key)
+        off = is_off(value) or (value == 0 and not isinstance(value, str)) or value == default_of(model, key)
+        if said.get("state") == "unavailable" and not off:
+            complaints = Complaints(self.document, self.excerpt)
+            self.add(
+                complaints.problem(
+                    "unavailable",
+                    f"`{dotted(path)}` belongs to {said['feature']}, which is not available yet.",
+                    "Delete the line to train without it.",
+                    path,
+                    at_key=True,
+                )
+            )
+            return True
+        found = False
+        for block in blocks_in(field.annotation):
+            items = value if isinstance(value, list) else [value]
+            for index, item in enumerate(items):
+                at = (*path, index) if isinstance(value, list) else path
+                for inner, each in item.items() if isinstance(item, dict) else ():
+                    found = self.not_built(block, (*at, inner), each) or found
+        return found
+
+    # Sections
+
+    def sections(self, values: dict[str, Any]) -> dict[str, Section]:
+        """Every section, validated. A section with errors is built from its other keys."""
+        built: dict[str, Section] = {}
+        complaints = Complaints(self.document, self.excerpt)
+        for name, mine in sections_from(values):
+            kind = SECTIONS[name]
+            while True:
+                if not mine:
+                    built[name] = kind.model_construct()
+                    break
+                try:
+                    built[name] = kind.model_validate(mine)
+                    break
+                except ValidationError as error:
+                    if self.as_text(mine, error):
+                        continue
+                    problems = list(complaints.translate(kind, mine, error))
+                    for problem in problems:
+                        self.add(problem)
+                    wrong = {str(undotted(p.keys[0])[0]) for p in problems}
+                    mine = {k: v for k, v in mine.items() if k not in wrong}
+        return built
+
+    def as_text(self, values: dict[str, Any], error: ValidationError) -> bool:
+        """Where text is expected and the file has a number, takes the number as it was written. True when it did."""
+        changed = False
+        for each in error.errors(include_url=False, include_input=False):
+            if each["type"] != "string_type":
+                continue
+            path = Complaints.data_path(values, each["loc"], each["type"])
+            here: Any = values
+            for part in path[:-1]:
+                here = here[part]
+            value = here[path[-1]]
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                spot = self.document.spots.get(path)
+                here[path[-1]] = spot.written if spot and spot.written is not None else str(value)
+                changed = True
+        return changed
+
+
+def _overrides(overrides: Overrides | None) -> Iterable[tuple[str, Any, str]]:
+    """Key, value, and how the user wrote it."""
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            yield key, value, f"override of {key}"
+        return
+    for each in overrides or ():
+        key, text, *flag = each
+        yield key, text, flag[0] if flag else "--" + str(key).replace("_", "-")
+
+
+def load_config(
+    sources: Source | Sequence[Source], overrides: Overrides | None = None, *, verb: str = "train"
+) -> Config:
+    """Reads one or several config files (merged left to right) and overrides into a validated Config.
+
+    `sources` are paths, https:// addresses, or hf://owner/repo/file.yml. `overrides` are (key, YAML text) pairs as the
+    command line has them, or a mapping of keys to Python values. `verb` is the command that will use the config:
+    inference and merging need no datasets. Opens nothing but the config files.
+
+    Raises ConfigError with every problem found, each with its place.
+    """
+    loading = Loading()
+    many = [sources] if isinstance(sources, str | Path) else list(sources)
+    for layer, source in enumerate(many):
+        loading.read(source, layer)
+    if loading.problems and not loading.sources:
+        raise ConfigError(loading.problems)
+    for layer, (key, text, flag) in enumerate(_overrides(overrides)):
+        loading.override(key, text, flag, len(many) + layer)
+    return _finish(loading, verb)
+
+
+def _finish(loading: Loading, verb: str) -> Config:
+    for problem in Renaming(loading.document, loading.layers).run():
+        loading.add(problem)
+    loading.expand()
+    values = loading.known_keys()
+    loading.unavailable(values)
+    sections = loading.sections(values)
+    config = Config(
+        **sections,  # type: ignore[arg-type]
+        sources=tuple(loading.sources),
+        spots=loading.document.spots,
+        lines=loading.lines,
+    )
+    for problem in broken_rules(config, verb):
+        if problem.kind == "warning" or not loading.bad.intersection(problem.keys):
+            loading.add(problem)
+    order = sorted(loading.problems, key=lambda p: (not p.fatal, *_order(p)))
+    if any(p.fatal for p in order):
+        raise ConfigError(order)
+    return Config(**{**vars(config), "warnings": tuple(order)})
+
+
+def _order(problem: Problem) -> tuple[int, str, int, int]:
+    if not problem.places:
+        return (1, "", 0, 0)
+    place = problem.places[0]
+    return (0, place.file, place.line or 0, place.column or 0)

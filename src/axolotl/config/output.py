@@ -1,0 +1,36 @@
+"""The keys of what comes out: folder, Hub, the page for trying the model."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from axolotl.config.section import NonNegativeFloat, PositiveInt, Section, Text
+
+
+class OutputSection(Section):
+    """Where the result goes, and how it is shown."""
+
+    title: ClassVar[str] = "Output"
+
+    output_dir: Text = "./model-out"
+    """Folder for checkpoints and the finished weights."""
+    hub_model_id: Text | None = None
+    """Hub repository that gets the finished weights; it is made private."""
+    hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] | None = None
+    """When to upload."""
+    hub_revision: Text | None = None
+    """Branch to upload to."""
+    gradio_title: Text | None = None
+    """Title of the page."""
+    gradio_share: bool = False
+    """Make the page public through Gradio's servers."""
+    gradio_server_name: Text = "127.0.0.1"
+    """Address the page listens on; 0.0.0.0 opens it to the network."""
+    gradio_server_port: PositiveInt | None = None
+    """Port the page listens on."""
+    gradio_max_new_tokens: PositiveInt = 1024
+    """Longest answer on the page, in tokens."""
+    gradio_temperature: NonNegativeFloat = 0.7
+    """Randomness of the answers on the page."""
+    strict: bool = False
+    """Kept for old files: unknown keys are always an error here."""

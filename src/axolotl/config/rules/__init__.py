@@ -1,0 +1,19 @@
+"""Rules across keys. A rule is a small pure function from the config to its problems, registered by `@rule`."""
+
+from __future__ import annotations
+
+from axolotl.config.rules import adapter, data, devices, loss, plugins, schedule
+from axolotl.config.rules.rule import RULES, Rule, broken_rules, rule
+
+__all__ = [
+    "RULES",
+    "Rule",
+    "adapter",
+    "broken_rules",
+    "data",
+    "devices",
+    "loss",
+    "plugins",
+    "rule",
+    "schedule",
+]

@@ -1,0 +1,159 @@
+"""Rules about several devices: FSDP, DeepSpeed, parallel axes, memory of devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from axolotl.config.config import Config
+from axolotl.config.rules.loss import fsdp_version
+from axolotl.config.rules.rule import conflict, rule, warning
+from axolotl.errors import Problem
+
+_8BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
+_WHOLE_MATRICES = (
+    "muon",
+    "flash_adamw",
+    "flash_adam",
+    "flash_sgd",
+    "flash_sgdw",
+    "flash_lion",
+    "q_galore_adamw8bit",
+)
+
+
+@rule("deepspeed", "fsdp_config", "fsdp")
+def one_way_of_sharding(cfg: Config) -> Iterator[Problem]:
+    """DeepSpeed and FSDP both shard the model."""
+    if cfg.distributed.deepspeed and cfg.distributed.fsdp_config:
+        yield conflict(
+            "`deepspeed` and `fsdp_config` both shard the model.",
+            "Keep one of them.",
+            "deepspeed",
+            "fsdp_config",
+        )
+
+
+@rule("deepcompile", "deepspeed")
+def deepcompile_needs_deepspeed(cfg: Config) -> Iterator[Problem]:
+    """It is a part of DeepSpeed."""
+    if cfg.distributed.deepcompile and not cfg.distributed.deepspeed:
+        yield conflict(
+            "`deepcompile` needs `deepspeed`.", "Add `deepspeed:`, or delete it.", "deepcompile", "deepspeed"
+        )
+
+
+@rule("fsdp_version", "fsdp_config")
+def one_version_of_fsdp(cfg: Config) -> Iterator[Problem]:
+    """The version stands once, at the top level."""
+    config, version = cfg.distributed.fsdp_config, cfg.distributed.fsdp_version
+    if config is None:
+        if version is not None:
+            yield warning(
+                "`fsdp_version` has no effect without `fsdp_config`.", "Add `fsdp_config:`.", "fsdp_version"
+            )
+        return
+    if version is not None and config.fsdp_version not in (None, version):
+        yield conflict(
+            f"`fsdp_version` is `{version}`, but `fsdp_config` says {config.fsdp_version}.",
+            "Keep `fsdp_version` at the top level alone.",
+            "fsdp_version",
+            "fsdp_config.fsdp_version",
+        )
+    elif fsdp_version(cfg) == 1:
+        yield warning("Version 1 of FSDP is old.", "Write `fsdp_version: 2`.", "fsdp_version", "fsdp_config")
+
+
+@rule("fsdp_config")
+def fsdp_options_fit_together(cfg: Config) -> Iterator[Problem]:
+    """Some options of FSDP need others."""
+    config = cfg.distributed.fsdp_config
+    if config is None:
+        return
+    if config.auto_wrap_policy == "SIZE_BASED_WRAP" and config.min_num_params is None:
+        yield conflict(
+            "`auto_wrap_policy: SIZE_BASED_WRAP` needs `min_num_params`.",
+            "Add `min_num_params:`.",
+            "fsdp_config.auto_wrap_policy",
+            kind="missing",
+        )
+    if config.cpu_offload_pin_memory is False and not (fsdp_version(cfg) == 2 and config.offload_params):
+        yield conflict(
+            "`cpu_offload_pin_memory: false` needs `offload_params` and version 2 of FSDP.",
+            "Set `offload_params: true` and `fsdp_version: 2`, or delete it.",
+            "fsdp_config.cpu_offload_pin_memory",
+        )
+
+
+@rule("optimizer", "fsdp_config", "fsdp_version", "deepspeed", "tensor_parallel_size")
+def the_optimizer_can_be_sharded(cfg: Config) -> Iterator[Problem]:
+    """Some optimizers need whole matrices, or cannot move their state."""
+    name, distributed = cfg.optim.optimizer, cfg.distributed
+    remedy = "Choose another optimizer, such as `adamw_torch_fused`."
+    if distributed.fsdp_config:
+        version = fsdp_version(cfg)
+        written = distributed.fsdp_version or distributed.fsdp_config.fsdp_version
+        if written == 2 and name in _8BIT[:2]:
+            yield conflict(
+                f"`optimizer: {name}` does not work with version 2 of FSDP.",
+                remedy,
+                "optimizer",
+                "fsdp_config",
+            )
+        if version == 1 and distributed.fsdp_config.offload_params and "8bit" in name:
+            yield conflict(
+                f"`optimizer: {name}` does not work with `offload_params` of FSDP 1.",
+                remedy,
+                "optimizer",
+                "fsdp_config.offload_params",
+            )
+        if version == 1 and name in _WHOLE_MATRICES:
+            yield conflict(
+                f"`optimizer: {name}` does not work with version 1 of FSDP.",
+                "Write `fsdp_version: 2`, or choose another optimizer.",
+                "optimizer",
+                "fsdp_config",
+            )
+    if distributed.deepspeed and name in _WHOLE_MATRICES:
+        yield conflict(f"`optimizer: {name}` does not work with DeepSpeed.", remedy, "optimizer", "deepspeed")
+    if (distributed.tensor_parallel_size or 1) > 1 and name in _8BIT:
+        yield conflict(
+            f"`optimizer: {name}` does not work with `tensor_parallel_size`.",
+            remedy,
+            "optimizer",
+            "tensor_parallel_size",
+        )
+
+
+@rule("context_parallel_size", "micro_batch_size", "sample_packing", "attn_implementation")
+def shared_rows_have_limits(cfg: Config) -> Iterator[Problem]:
+    """Devices that share a row need flash attention, and one packed row at a time."""
+    if (cfg.distributed.context_parallel_size or 1) < 2:
+        return
+    if cfg.data.sample_packing and cfg.train.micro_batch_size > 1:
+        yield conflict(
+            "`context_parallel_size` takes one packed row at a time, but `micro_batch_size` is "
+            f"{cfg.train.micro_batch_size}.",
+            "Set `micro_batch_size: 1`.",
+            "micro_batch_size",
+            "context_parallel_size",
+        )
+    attention = cfg.model.attn_implementation
+    if attention is not None and "flash" not in attention:
+        yield conflict(
+            f"`context_parallel_size` needs flash attention, but `attn_implementation` is `{attention}`.",
+            "Set `attn_implementation: flash_attention_2`.",
+            "attn_implementation",
+            "context_parallel_size",
+        )
+
+
+@rule("max_memory", "gpu_memory_limit")
+def one_limit_of_memory(cfg: Config) -> Iterator[Problem]:
+    """Both limit the memory of devices."""
+    if cfg.model.max_memory and cfg.model.gpu_memory_limit is not None:
+        yield conflict(
+            "`max_memory` and `gpu_memory_limit` both limit the memory of devices.",
+            "Keep one of them.",
+            "max_memory",
+            "gpu_memory_limit",
+        )

@@ -1,0 +1,200 @@
+"""Rules about precision, attention, losses, kernels and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from axolotl.config.config import Config
+from axolotl.config.keys import did_you_mean, nearest
+from axolotl.config.rules.rule import conflict, rule, warning
+from axolotl.errors import Problem
+
+ATTENTION = (
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flex_attention",
+    "xformers",
+    "sage",
+    "fp8",
+)
+_SHORT = {
+    "flash": "flash_attention_2",
+    "flash_attention": "flash_attention_2",
+    "fa2": "flash_attention_2",
+    "fa3": "flash_attention_3",
+    "flex": "flex_attention",
+    "sdp": "sdpa",
+}
+_LOSSES = (
+    "cut_cross_entropy",
+    "chunked_cross_entropy",
+    "liger_cross_entropy",
+    "liger_fused_linear_cross_entropy",
+)
+
+
+@rule("bf16", "fp16", "bfloat16", "float16", "float32")
+def one_precision(cfg: Config) -> Iterator[Problem]:
+    """Training computes in one number type."""
+    model = cfg.model
+    chosen = {
+        "bfloat16": [k for k in ("bf16", "bfloat16") if getattr(model, k) in (True, "full")],
+        "float16": [k for k in ("fp16", "float16") if getattr(model, k)],
+        "float32": [k for k in ("float32",) if model.float32],
+    }
+    kinds = [keys for keys in chosen.values() if keys]
+    if len(kinds) > 1:
+        first, second = kinds[0][0], kinds[1][0]
+        yield conflict(
+            f"`{first}` and `{second}` cannot both be true.", "Set one of them to false.", first, second
+        )
+
+
+@rule("attn_implementation")
+def attention_is_known(cfg: Config) -> Iterator[Problem]:
+    """A name of ours, or a kernel on the Hub."""
+    name = cfg.model.attn_implementation
+    if name is None or name in ATTENTION or "/" in name:
+        return
+    near = [_SHORT[name]] if name in _SHORT else nearest(name, ATTENTION)
+    yield conflict(
+        f"`attn_implementation` is `{name}`; it takes {', '.join(f'`{n}`' for n in ATTENTION)}, or a kernel "
+        "on the Hub.",
+        did_you_mean(near) or "Leave it out to have the best one chosen.",
+        "attn_implementation",
+        kind="invalid_value",
+    )
+
+
+@rule("flex_attn_compile_kwargs", "attn_implementation")
+def flex_options_need_flex(cfg: Config) -> Iterator[Problem]:
+    """Its compile options do nothing for other kinds of attention."""
+    if cfg.model.flex_attn_compile_kwargs and cfg.model.attn_implementation != "flex_attention":
+        yield warning(
+            "`flex_attn_compile_kwargs` has no effect without `attn_implementation: flex_attention`.",
+            "Delete it, or choose flex attention.",
+            "flex_attn_compile_kwargs",
+            "attn_implementation",
+        )
+
+
+@rule(*_LOSSES)
+def one_cross_entropy(cfg: Config) -> Iterator[Problem]:
+    """Each of these replaces the loss."""
+    chosen = [key for key in _LOSSES if getattr(cfg.kernels, key)]
+    if len(chosen) > 1:
+        yield conflict(
+            f"{' and '.join(f'`{k}`' for k in chosen)} each replace the loss.", "Keep one of them.", *chosen
+        )
+
+
+@rule("cut_cross_entropy", "bf16", "fp16")
+def cut_cross_entropy_needs_half_precision(cfg: Config) -> Iterator[Problem]:
+    """Its kernel computes in 16 bits."""
+    model = cfg.model
+    if (
+        cfg.kernels.cut_cross_entropy
+        and model.bf16 is False
+        and not (model.fp16 or model.bfloat16 or model.float16)
+    ):
+        yield warning(
+            "`cut_cross_entropy` computes in 16 bits, but `bf16` is false and `fp16` is not set: the plain "
+            "loss is used.",
+            "Set `bf16: auto`.",
+            "cut_cross_entropy",
+            "bf16",
+        )
+
+
+@rule("chunked_cross_entropy_num_chunks", "chunked_cross_entropy")
+def chunks_need_chunking(cfg: Config) -> Iterator[Problem]:
+    """Their number does nothing by itself."""
+    if cfg.kernels.chunked_cross_entropy_num_chunks and not cfg.kernels.chunked_cross_entropy:
+        yield warning(
+            "`chunked_cross_entropy_num_chunks` has no effect without `chunked_cross_entropy`.",
+            "Set `chunked_cross_entropy: true`.",
+            "chunked_cross_entropy_num_chunks",
+        )
+
+
+@rule("tiled_mlp", "liger_glu_activation", "tiled_mlp_use_original_mlp")
+def tiles_and_fused_activations(cfg: Config) -> Iterator[Problem]:
+    """The replaced feed-forward layer would undo the fused activation."""
+    kernels = cfg.kernels
+    if kernels.tiled_mlp and kernels.liger_glu_activation and not kernels.tiled_mlp_use_original_mlp:
+        yield conflict(
+            "`tiled_mlp` without `tiled_mlp_use_original_mlp` undoes `liger_glu_activation`.",
+            "Set `tiled_mlp_use_original_mlp: true`.",
+            "tiled_mlp",
+            "liger_glu_activation",
+            "tiled_mlp_use_original_mlp",
+        )
+
+
+@rule("torch_compile_options", "torch_compile_mode", "torch_compile")
+def compile_options_need_compiling(cfg: Config) -> Iterator[Problem]:
+    """Options of torch.compile do nothing without it, and exclude its modes."""
+    train = cfg.train
+    if train.torch_compile_options and not train.torch_compile:
+        yield conflict(
+            "`torch_compile_options` needs `torch_compile`.",
+            "Set `torch_compile: true`.",
+            "torch_compile_options",
+            "torch_compile",
+        )
+    if train.torch_compile_options and train.torch_compile_mode:
+        yield conflict(
+            "`torch_compile_options` and `torch_compile_mode` exclude each other.",
+            "Keep one of them.",
+            "torch_compile_options",
+            "torch_compile_mode",
+        )
+
+
+@rule("gradient_checkpointing_kwargs", "gradient_checkpointing")
+def checkpointing_options_need_checkpointing(cfg: Config) -> Iterator[Problem]:
+    """Its options do nothing without it."""
+    if cfg.train.gradient_checkpointing_kwargs and not cfg.train.gradient_checkpointing:
+        yield warning(
+            "`gradient_checkpointing_kwargs` has no effect without `gradient_checkpointing`.",
+            "Set `gradient_checkpointing: true`.",
+            "gradient_checkpointing_kwargs",
+        )
+
+
+@rule("activation_offloading", "gradient_checkpointing")
+def offloading_needs_checkpointing(cfg: Config) -> Iterator[Problem]:
+    """What is offloaded are the activations at the checkpoints."""
+    if cfg.train.activation_offloading and not cfg.train.gradient_checkpointing:
+        yield conflict(
+            "`activation_offloading` needs `gradient_checkpointing`.",
+            "Set `gradient_checkpointing: true`.",
+            "activation_offloading",
+            "gradient_checkpointing",
+        )
+
+
+@rule("fp32_norms", "fp32_norm_classes", "fsdp_config", "fsdp_version")
+def float32_norms_are_a_matter_of_fsdp(cfg: Config) -> Iterator[Problem]:
+    """Only FSDP 2 can hold some modules in another precision."""
+    if cfg.model.fp32_norms and not (cfg.distributed.fsdp_config and fsdp_version(cfg) == 2):
+        yield conflict(
+            "`fp32_norms` needs FSDP, version 2.",
+            "Add `fsdp_version: 2` and `fsdp_config:`, or delete it.",
+            "fp32_norms",
+            "fsdp_version",
+        )
+    if cfg.model.fp32_norm_classes and not cfg.model.fp32_norms:
+        yield warning(
+            "`fp32_norm_classes` has no effect without `fp32_norms`.",
+            "Set `fp32_norms: true`.",
+            "fp32_norm_classes",
+        )
+
+
+def fsdp_version(cfg: Config) -> int:
+    """The version of FSDP that the config asks for, at either level; 2 where it does not say."""
+    inner = cfg.distributed.fsdp_config.fsdp_version if cfg.distributed.fsdp_config else None
+    return cfg.distributed.fsdp_version or inner or 2

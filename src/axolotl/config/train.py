@@ -1,0 +1,201 @@
+"""The training run's keys: batch, epochs, evaluation, saving, memory."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from axolotl.config.section import (
+    Block,
+    Fraction,
+    Int,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Steps,
+    Text,
+    later,
+)
+
+
+def _no(value: Any) -> Any:
+    # A bare `no` is false in YAML.
+    return "no" if value is False else value
+
+
+def _unlimited(value: Any) -> Any:
+    # Old files write -1 or 0 for "as num_epochs says".
+    return None if value in (-1, 0) and not isinstance(value, bool) else value
+
+
+Strategy = Annotated[Literal["no", "steps", "epoch"] | None, BeforeValidator(_no)]
+SaveStrategy = Annotated[Literal["no", "steps", "epoch", "best"] | None, BeforeValidator(_no)]
+
+
+class DynamicCheckpoint(Block):
+    """A checkpoint on request: when a file appears."""
+
+    enabled: bool = False
+    """Look for the file."""
+    check_interval: PositiveInt = 10
+    """Steps between two looks."""
+    trigger_file_path: Text = ""
+    """The file; `axolotl_checkpoint.save` in output_dir when empty."""
+
+
+class SelectiveCheckpointing(Block):
+    """Which results are kept instead of computed again."""
+
+    save: list[Text] = Field(default_factory=lambda: ["attention"])
+    """Operations whose results are kept."""
+    save_sliding_window: bool = False
+    """Also keep the results of sliding-window attention."""
+    recompute_layer_types: list[Text] | None = None
+    """Layer types that are computed again in full."""
+    offload: bool = False
+    """Keep the results in CPU memory."""
+
+
+class TrainSection(Section):
+    """The run: batch, epochs, evaluation, saving, memory."""
+
+    title: ClassVar[str] = "Training"
+
+    # Batch and epochs
+    micro_batch_size: PositiveInt = 1
+    """Rows in one forward pass on one device."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Forward passes whose gradients are added up for one step."""
+    batch_size: PositiveInt | None = None
+    """Rows of one step on one device, instead of gradient_accumulation_steps."""
+    eval_batch_size: PositiveInt | None = None
+    """Rows in one forward pass of the evaluation; micro_batch_size when unset."""
+    auto_find_batch_size: bool | None = None
+    """Halve the batch when memory runs out, and start again."""
+    num_epochs: PositiveFloat = 1.0
+    """Times that training goes through the data."""
+    max_steps: Annotated[PositiveInt | None, BeforeValidator(_unlimited)] = None
+    """Steps after which training ends, whatever num_epochs says."""
+    seed: NonNegativeInt | None = None
+    """Seed of everything random; 42 when unset."""
+    dataloader_num_workers: NonNegativeInt | None = None
+    """Processes that load batches."""
+    dataloader_pin_memory: bool | None = None
+    """Keep batches in memory that a GPU reads fast."""
+    dataloader_prefetch_factor: PositiveInt | None = None
+    """Batches that each of these processes loads ahead."""
+    dataloader_drop_last: bool | None = None
+    """Leave out the last batch when it is not full."""
+    accelerator_config: dict[str, Any] | None = None
+    """Options of accelerate, such as how batches are dispatched."""
+
+    # Memory and speed
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    """Options of that, such as use_reentrant."""
+    selective_checkpointing: bool | SelectiveCheckpointing = later("selective checkpointing", False)
+    """Keep the costly results and compute only the cheap ones again."""
+    activation_offloading: Literal["legacy", "disk", "hidden_states"] | bool = False
+    """Keep activations in CPU memory or on disk until the backward pass needs them."""
+    layer_offloading: bool = later("layer offloading", False)
+    """Keep frozen layers in CPU memory until they are needed."""
+    torch_compile: Literal["auto"] | bool | None = None
+    """Compile the model with torch.compile."""
+    torch_compile_backend: Text | None = None
+    """Backend of torch.compile."""
+    torch_compile_mode: (
+        Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None
+    ) = None
+    """Mode of torch.compile."""
+    torch_compile_options: dict[str, bool | int | float | str] | None = None
+    """Options of torch.compile."""
+    torch_empty_cache_steps: PositiveInt | None = None
+    """Steps after which PyTorch's cached memory is given back."""
+    gc_collect_steps: Int | None = None
+    """Steps after which Python's garbage is collected; -1 at the end of each epoch and before evaluation."""
+
+    # Logging
+    logging_steps: Steps | None = None
+    """Steps between two log lines."""
+    include_tokens_per_second: bool | None = None
+    """Log trained tokens per second."""
+    include_tkps: bool = True
+    """Log tokens per second and device."""
+    profiler_steps: PositiveInt | None = None
+    """Steps that PyTorch's profiler records."""
+    profiler_steps_start: NonNegativeInt = 0
+    """Step at which the profiler begins."""
+
+    # Evaluation
+    eval_strategy: Strategy = None
+    """When to evaluate: no, steps or epoch."""
+    eval_steps: Steps | None = None
+    """Steps between two evaluations; below 1, a share of all steps."""
+    evals_per_epoch: NonNegativeInt | None = None
+    """Evaluations in each epoch."""
+    do_causal_lm_eval: bool = later("evaluation by generation", False)
+    """Generate answers in the evaluation and score them."""
+    eval_causal_lm_metrics: list[Text] | None = later("evaluation by generation")
+    """Scores of these answers."""
+    eval_table_size: NonNegativeInt | None = later("evaluation by generation")
+    """Generated answers that are logged as a table."""
+    eval_max_new_tokens: PositiveInt | None = None
+    """Longest of these answers, in tokens."""
+    do_bench_eval: bool = later("benchmarks in training", False)
+    """Answer multiple-choice questions in the evaluation."""
+    bench_dataset: Text | None = later("benchmarks in training")
+    """Dataset of these questions."""
+    bench_split: Text | None = later("benchmarks in training")
+    """Its split."""
+    generate_samples: bool = later("samples in training", False)
+    """Write generated samples while training."""
+    num_generation_samples: PositiveInt = 3
+    """Samples to generate."""
+    generation_max_new_tokens: PositiveInt = 50
+    """Longest sample, in tokens."""
+    generation_temperature: NonNegativeFloat = 0.7
+    """Randomness of the samples."""
+    generation_top_p: Fraction | None = None
+    """Draw from the likeliest tokens that hold this share of probability."""
+    generation_top_k: NonNegativeInt | None = None
+    """Draw from this many of the likeliest tokens."""
+    generation_prompt_ratio: Fraction = 0.5
+    """Share of a row that is given as prompt."""
+    generation_do_sample: bool = True
+    """Draw tokens at random instead of taking the likeliest."""
+    early_stopping_patience: PositiveInt | None = None
+    """Evaluations without improvement after which training ends."""
+    loss_watchdog_threshold: PositiveFloat | None = None
+    """Loss above which something is wrong."""
+    loss_watchdog_patience: PositiveInt | None = None
+    """Steps above that loss after which training ends; 3 when unset."""
+
+    # Saving and resuming
+    save_strategy: SaveStrategy = None
+    """When to save a checkpoint: no, steps, epoch or best."""
+    save_steps: Steps | None = None
+    """Steps between two checkpoints; below 1, a share of all steps."""
+    saves_per_epoch: NonNegativeInt | None = None
+    """Checkpoints in each epoch."""
+    save_total_limit: PositiveInt | None = None
+    """Checkpoints that are kept; older ones are deleted."""
+    save_first_step: bool | None = None
+    """Save a checkpoint after the first step, to see that saving works."""
+    save_only_model: bool = False
+    """Save weights without the state that resuming needs."""
+    load_best_model_at_end: bool = False
+    """End with the best checkpoint instead of the last."""
+    metric_for_best_model: Text | None = None
+    """Figure that decides which checkpoint is best."""
+    greater_is_better: bool | None = None
+    """Whether a higher figure is better."""
+    resume_from_checkpoint: Text | None = None
+    """Checkpoint folder to continue from."""
+    auto_resume_from_checkpoints: bool = False
+    """Continue from the newest intact checkpoint in output_dir."""
+    dynamic_checkpoint: DynamicCheckpoint | None = None
+    """Save a checkpoint when a file appears."""

@@ -1,0 +1,292 @@
+"""Renders conversations with one chat template: which template, which turns are trained, what ends a turn."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from axolotl.data.encode import Encoded, Encoder, steering_tokens
+from axolotl.data.mask import StopRule, Turn, When, labels_of, locate_turns, trained_ranges
+from axolotl.data.templates import ChatTemplate, Trace, load_template
+from axolotl.data.types import Conversation, Message, Rendered, RowProblem
+from axolotl.errors import Problem
+
+if TYPE_CHECKING:
+    from axolotl.config.data import DataSection, DatasetEntry
+
+DEFAULT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
+_CONTROL_LIKE = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]|\[\|[a-z]+\|\]")
+
+
+def choose_template(tokenizer: Any, data: DataSection, entry: DatasetEntry | None = None) -> ChatTemplate:
+    """The chat template of a dataset: its own, else the global one, else the tokenizer's."""
+    for owner in (entry, data):
+        if owner is None:
+            continue
+        name, jinja = owner.chat_template, owner.chat_template_jinja
+        if name or jinja:
+            chosen = str(name or "jinja")
+            text = jinja or data.chat_template_jinja
+            if jinja and chosen.startswith("tokenizer_default"):
+                chosen = "jinja"
+            break
+    else:
+        chosen, text = "tokenizer_default", None
+    return load_template(
+        chosen,
+        jinja=text,
+        tokenizer_template=_template_of(tokenizer),
+    )
+
+
+def _template_of(tokenizer: Any) -> str | None:
+    """The tokenizer's own template, as it came with the model."""
+    own = getattr(tokenizer, "axolotl_own_template", None) or tokenizer.chat_template
+    if isinstance(own, dict):
+        return own.get("default") or next(iter(own.values()), None)
+    return own
+
+
+def template_variables(tokenizer: Any, data: DataSection) -> dict[str, Any]:
+    """What every template may read besides the messages: the special tokens' texts and chat_template_kwargs."""
+    tokens = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    return {"bos_token": "", "eos_token": "", **tokens, **(data.chat_template_kwargs or {})}
+
+
+class ChatRenderer:
+    """Renders conversations with one chat template, and knows what ends a turn there."""
+
+    def __init__(self, tokenizer: Any, data: DataSection, entry: DatasetEntry) -> None:
+        self.tokenizer, self.data, self.entry = tokenizer, data, entry
+        self.template = choose_template(tokenizer, data, entry)
+        self.variables = template_variables(tokenizer, data)
+        self.train_on_inputs = bool(data.train_on_inputs)
+        roles = {s: target for target, names in (entry.roles or {}).items() for s in names} or DEFAULT_ROLES
+        wanted = entry.roles_to_train if entry.roles_to_train is not None else ["assistant"]
+        self.roles_to_train = {roles.get(r, r) for r in wanted}
+        on_eos: When = entry.train_on_eos or "turn"
+        on_eot: When = entry.train_on_eot or on_eos
+        self.notes: Counter[str] = Counter()
+        self.probe, self.opening = self._probe()
+        literal = self._literal()
+        guard = getattr(entry, "special_tokens_in_content", "text") != "parse"
+        self.encoder = Encoder(tokenizer, steering_tokens(tokenizer, literal))
+        self.guard = guard
+        self.rule = StopRule(
+            eos=tokenizer.eos_token,
+            eot=tuple(data.eot_tokens or ()),
+            train_on_eos=on_eos,
+            train_on_eot=on_eot,
+            control=self.encoder.control_pattern,
+            opening=self.opening,
+        )
+        self.stops = {*self.stop_tokens(), *self.rule.eot, tokenizer.eos_token}
+
+    _PROBES = (
+        [Message("user", "Axquestion"), Message("assistant", "Axanswer")],
+        [Message("system", "Axsystem"), Message("user", "Axquestion"), Message("assistant", "Axanswer")],
+    )
+
+    def _probe(self) -> tuple[Trace | None, str]:
+        """A two-turn conversation as the template writes it, and what opens an assistant's turn."""
+        for messages in self._PROBES:
+            try:
+                trace = self.template.trace(Conversation(messages), self.variables)
+                asked = self.template.trace(Conversation(messages[:-1]), self.variables).text
+                opened = self.template.trace(
+                    Conversation(messages[:-1], variables={"add_generation_prompt": True}), self.variables
+                ).text
+            except RowProblem:
+                continue
+            return trace, opened[len(asked) :] if opened.startswith(asked) else ""
+        return None, ""
+
+    def _literal(self) -> str:
+        """The words of the template itself in the probe."""
+        if self.probe is None:
+            return ""
+        text, at = [], 0
+        for start, end, _ in self.probe.runs:
+            text.append(self.probe.text[at:start])
+            at = end
+        return "\n".join([*text, self.probe.text[at:]])
+
+    def _probe_turns(self) -> list[Turn]:
+        if self.probe is None:
+            return []
+        count = 1 + max(source.turn for *_, source in self.probe.runs)
+        return locate_turns(self.probe, count, [False] * count, self.rule)
+
+    def _turns(self, conversation: Conversation, trace: Trace) -> list[Turn]:
+        """Where each turn stands. What follows another role's text is its end only if it can end an answer too."""
+        messages = conversation.messages
+        turns = locate_turns(
+            trace, len(messages), [bool(m.fields.get("tool_calls")) for m in messages], self.rule
+        )
+        for turn, message in zip(turns, messages, strict=True):
+            if turn.stop and message.role != "assistant" and trace.text[slice(*turn.stop)] not in self.stops:
+                turn.stop = None
+        return turns
+
+    def stop_tokens(self) -> list[str]:
+        """What ends a turn of the assistant: the named eot_tokens that the template writes, else what it writes there."""
+        turns = self._probe_turns()
+        if not turns or turns[-1].stop is None or self.probe is None:
+            return [self.tokenizer.eos_token] if self.tokenizer.eos_token else []
+        start, end = turns[-1].stop
+        return [self.probe.text[start:end]]
+
+    def problems(self) -> list[Problem]:
+        """What is wrong or doubtful with the template, told before any row is read."""
+        found: list[Problem] = []
+        name = self.template.name
+        if self.probe is None:
+            return found
+        turns = self._probe_turns()
+        stop = turns[-1].stop if turns else None
+        vocabulary = self.encoder.backend
+        unknown = sorted(
+            {m for m in _CONTROL_LIKE.findall(self._literal()) if vocabulary.token_to_id(m) is None}
+        )
+        if unknown:
+            found.append(
+                Problem(
+                    f"the chat template `{name}` writes {', '.join(f'`{u}`' for u in unknown)}, which this tokenizer does "
+                    "not know: they become several ordinary tokens.",
+                    "Use the model's own template (`chat_template: tokenizer_default`), or add them under `tokens`.",
+                    kind="warning",
+                    keys=("chat_template",),
+                )
+            )
+        for token in self.rule.eot:
+            if len(vocabulary.encode(token, add_special_tokens=False).ids) != 1:
+                found.append(
+                    Problem(
+                        f"`{token}` in `eot_tokens` is not a single token of this tokenizer.",
+                        "Add it under `tokens` or `added_tokens_overrides`, or remove it.",
+                        keys=("eot_tokens",),
+                    )
+                )
+            elif token not in self._literal() and token not in self.template.text:
+                found.append(
+                    Problem(
+                        f"the chat template `{name}` never writes `{token}`, which `eot_tokens` names.",
+                        "Remove it, or correct its spelling.",
+                        kind="warning",
+                        keys=("eot_tokens",),
+                    )
+                )
+        trains_assistant = "assistant" in self.roles_to_train or self.train_on_inputs
+        if stop is None and self.rule.train_on_eos != "none" and trains_assistant:
+            found.append(
+                Problem(
+                    f"the chat template `{name}` writes nothing that ends a turn of the assistant: a model trained with "
+                    "it would never stop talking.",
+                    "Let the template write `{{ eos_token }}` after each answer, or say that you mean it with "
+                    "`train_on_eos: none`.",
+                    kind="data",
+                    keys=("chat_template",),
+                )
+            )
+        elif stop is not None and self.probe is not None:
+            text = self.probe.text[stop[0] : stop[1]]
+            if self.rule.when(text) == "none":
+                found.append(
+                    Problem(
+                        f"the end of a turn, `{text}`, is not trained, because the config says `none`: the model will "
+                        "not learn to stop.",
+                        kind="warning",
+                        keys=("train_on_eos", "train_on_eot"),
+                    )
+                )
+        return found
+
+    def _is_trained(self, message: Message) -> bool:
+        if message.train is not None:
+            return message.train
+        if message.detail is not None or message.field_details:
+            return True
+        return self.train_on_inputs or message.role in self.roles_to_train
+
+    def render(self, conversations: Sequence[Conversation]) -> list[list[Rendered] | RowProblem]:
+        """Renders conversations; the ids of a row decode to exactly what the template writes."""
+        traces: list[Trace | RowProblem] = []
+        conversations = [self._with_system(c) for c in conversations]
+        for conversation in conversations:
+            try:
+                traces.append(self.template.trace(conversation, self.variables))
+            except RowProblem as problem:
+                traces.append(problem)
+        plain = [t for t in traces if isinstance(t, Trace) and not self._is_quoting(t)]
+        encoded = dict(zip(map(id, plain), self.encoder.encode([t.text for t in plain]), strict=True))
+        results: list[list[Rendered] | RowProblem] = []
+        for conversation, trace in zip(conversations, traces, strict=True):
+            if isinstance(trace, RowProblem):
+                results.append(trace)
+                continue
+            self._note_losses(conversation, trace)
+            tokens = encoded.get(id(trace)) or self.encoder.encode_guarded(
+                trace.text, [(a, b) for a, b, _ in trace.runs]
+            )
+            results.append([self._mask(conversation, trace, tokens)])
+        return results
+
+    def _with_system(self, conversation: Conversation) -> Conversation:
+        """The conversation, opened with `default_system_message` where it has no system turn of its own."""
+        text = self.data.default_system_message
+        if not text or not conversation.messages or conversation.messages[0].role == "system":
+            return conversation
+        messages = [Message("system", text), *conversation.messages]
+        return Conversation(messages, conversation.tools, conversation.variables)
+
+    def _note_losses(self, conversation: Conversation, trace: Trace) -> None:
+        """Counts what a conversation holds and this template leaves out, so that `prepare` can tell."""
+        text, name = self.template.text, self.template.name
+        if conversation.tools and "tools" not in text:
+            self.notes[f"the chat template `{name}` does not write the tools on offer"] += 1
+        written = {(source.turn, source.kind) for *_, source in trace.runs}
+        for i, message in enumerate(conversation.messages):
+            if message.fields.get("tool_calls") and (i, "tool_calls") not in written:
+                self.notes[f"the chat template `{name}` does not write tool calls"] += 1
+            if "reasoning_content" in message.fields and "reasoning" not in text:
+                self.notes[f"the chat template `{name}` does not write reasoning"] += 1
+            if message.content and message.content.strip() and (i, "content") not in written:
+                self.notes[
+                    f"the chat template `{name}` does not write the text of a {message.role} turn"
+                ] += 1
+
+    def _is_quoting(self, trace: Trace) -> bool:
+        """True where a message holds what looks like a control token."""
+        if not self.guard or self.encoder.control_pattern is None:
+            return False
+        search = self.encoder.control_pattern.search
+        at = 0
+        while at < len(trace.runs):  # neighbouring runs are one text to whoever reads it
+            start, end, _ = trace.runs[at]
+            at += 1
+            while at < len(trace.runs) and trace.runs[at][0] == end:
+                end = trace.runs[at][1]
+                at += 1
+            if search(trace.text, start, end):
+                return True
+        return False
+
+    def ranges(
+        self, conversation: Conversation, trace: Trace
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """The characters of a rendered conversation that are trained, and those masked inside them."""
+        trained = [self._is_trained(m) for m in conversation.messages]
+        return trained_ranges(self._turns(conversation, trace), trained, self.rule, trace.text)
+
+    def _mask(self, conversation: Conversation, trace: Trace, tokens: Encoded) -> Rendered:
+        return Rendered(tokens.ids, labels_of(tokens, *self.ranges(conversation, trace)))

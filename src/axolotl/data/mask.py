@@ -1,0 +1,201 @@
+"""The loss mask of a conversation: which characters, and so which tokens, are trained.
+
+Trained is all that the template writes because of a trained turn's content, reasoning and tool calls, up to and
+including the stop token that ends the turn; never a role header, never the words that open a thinking block.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from axolotl.data.encode import Encoded
+from axolotl.data.templates import Trace
+from axolotl.data.types import IGNORE_INDEX
+
+When = Literal["all", "turn", "last", "none"]
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """What ends a turn, and when that is trained.
+
+    `eos` is the tokenizer's EOS text; `eot` the end-of-turn texts that the user named; `control` finds every control
+    token of the vocabulary; `opening` is what the template writes to open an assistant's turn.
+    """
+
+    eos: str | None
+    eot: tuple[str, ...]
+    train_on_eos: When
+    train_on_eot: When
+    control: re.Pattern[str] | None
+    opening: str = ""
+
+    def when(self, stop: str) -> When:
+        """When this stop token is trained."""
+        return self.train_on_eos if stop == self.eos and stop not in self.eot else self.train_on_eot
+
+
+@dataclass(slots=True)
+class Turn:
+    """Where one turn stands in a rendered text: what came from it, and the stop token after it (None: there is none).
+
+    `reach`: where its text ends before the stop token.
+    """
+
+    spans: list[tuple[int, int]]
+    masked: list[tuple[int, int]]
+    stop: tuple[int, int] | None = None
+    reach: int = 0
+
+
+@dataclass(slots=True)
+class _Stretch:
+    """Characters of one turn that no other turn interrupts: trained part start..end, and how far it reaches in all.
+
+    `home`: it stands where the template was at that turn. A system text that the template moved into another turn does
+    not, and has no end of its own there.
+    """
+
+    turn: int
+    start: int | None
+    end: int
+    reach: int
+    home: bool = True
+
+
+def _stretches(trace: Trace, turns: list[Turn], regions: dict[int, tuple[int, int]]) -> list[_Stretch]:
+    found: list[_Stretch] = []
+    for start, end, source in trace.runs:
+        region = regions.get(source.turn)
+        home = region[0] <= start <= region[1] if region else not regions
+        if not home and source.kind == "tool_calls":
+            continue  # the name of a call that the template repeats beside its result
+        if not found or found[-1].turn != source.turn or found[-1].home != home:
+            found.append(_Stretch(source.turn, None, start, end, home))
+        stretch = found[-1]
+        stretch.reach = max(stretch.reach, end)
+        if source.trained is False:
+            turns[source.turn].masked.append((start, end))
+        else:
+            stretch.start = start if stretch.start is None else stretch.start
+            stretch.end = max(stretch.end, end)
+    return found
+
+
+def locate_turns(trace: Trace, count: int, tool_turns: Sequence[bool], rule: StopRule) -> list[Turn]:
+    """Finds each of the `count` turns in a rendered conversation. `tool_turns[i]`: turn i makes tool calls."""
+    text = trace.text
+    turns = [Turn([], []) for _ in range(count)]
+    regions: dict[int, tuple[int, int]] = {}
+    for start, end, turn, _ in trace.own:
+        if turn >= 0:
+            regions[turn] = (regions[turn][0] if turn in regions else start, end)
+    stretches = _stretches(trace, turns, regions)
+    seen = {s.turn for s in stretches}
+    for turn, (start, _) in regions.items():
+        # a turn without any text of its own still ends, right after what opens it
+        if turn not in seen and rule.opening and text.startswith(rule.opening, start):
+            at = start + len(rule.opening)
+            stretches.append(_Stretch(turn, at, at, at))
+    stretches.sort(key=lambda s: s.reach)
+    final = {s.turn: i for i, s in enumerate(stretches) if s.home}
+    for index, stretch in enumerate(stretches):
+        turn, start = stretch.turn, stretch.start
+        region = regions.get(turn)
+        if stretch.home and region and tool_turns[turn] and start is not None:
+            start = min(start, _tool_start(trace, turn, region[0], start, rule.opening))
+        if start is not None:
+            end = stretch.end
+            if stretch.home and tool_turns[turn] and final[turn] != index:
+                # content follows the calls: their closing words belong to them all the same
+                end = max([end, *(b for a, b, t, tools in trace.own if tools and t == turn and a <= end)])
+            turns[turn].spans.append((start, end))
+        if final.get(turn) == index:
+            following = next((s.start or s.reach for s in stretches[index + 1 :]), len(text))
+            tail_end = region[1] if region else following
+            is_last = index + 1 == len(stretches)
+            turns[turn].reach = stretch.reach
+            turns[turn].stop = _find_stop(text, stretch.reach, tail_end, len(text), is_last, rule)
+    return turns
+
+
+def _tool_start(trace: Trace, turn: int, region: int, first: int, opening: str) -> int:
+    """Where the words that the template writes because of tool calls begin."""
+    start = min((a for a, _, t, tools in trace.own if t == turn and tools), default=first)
+    if opening and trace.text.startswith(opening, region):
+        start = max(start, region + len(opening))
+    return start
+
+
+def _find_stop(
+    text: str, start: int, end: int, limit: int, is_last: bool, rule: StopRule
+) -> tuple[int, int] | None:
+    """The stop token in text[start:end]; for the last turn, text up to `limit` counts where there is none before."""
+    tail = text[start:end]
+    for named in rule.eot:
+        if (at := tail.find(named)) >= 0:
+            return start + at, start + at + len(named)
+    found = list(rule.control.finditer(tail)) if rule.control else []
+    if found:
+        return start + found[-1].start(), start + found[-1].end()
+    if rule.eos and (at := tail.find(rule.eos)) >= 0:
+        return start + at, start + at + len(rule.eos)
+    if tail.strip():
+        # control text that the vocabulary does not know: it ends the turn all the same
+        return start + len(tail) - len(tail.lstrip()), start + len(tail.rstrip())
+    if is_last and end < limit:
+        match = rule.control.search(text, end, limit) if rule.control else None
+        if match:
+            return match.span()
+    return None
+
+
+def trained_ranges(
+    turns: Sequence[Turn], trained: Sequence[bool], rule: StopRule, text: str
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Character ranges that are trained, and ranges that are masked inside them (`train_detail`). Both sorted."""
+    keep: list[tuple[int, int]] = []
+    drop: list[tuple[int, int]] = []
+    last = max((i for i, yes in enumerate(trained) if yes), default=-1)
+    for i, turn in enumerate(turns):
+        stop = turn.stop
+        wanted = False
+        if stop is not None:
+            when = rule.when(text[stop[0] : stop[1]])
+            wanted = when == "all" or (trained[i] and (when == "turn" or (when == "last" and i == last)))
+        if trained[i]:
+            keep.extend(turn.spans)
+            drop.extend(turn.masked)
+            if wanted and stop is not None:
+                # the words between content and stop token (a closing tag, say) are the turn's as well
+                keep.append((turn.reach, stop[1]))
+        elif wanted and stop is not None:
+            keep.append(stop)
+    return sorted(k for k in keep if k[1] > k[0]), sorted(drop)
+
+
+def labels_of(
+    encoded: Encoded, keep: Sequence[tuple[int, int]], drop: Sequence[tuple[int, int]]
+) -> list[int]:
+    """Labels: the id of each token that touches a kept range and no dropped one, -100 elsewhere."""
+    ids, offsets = encoded.ids, encoded.offsets
+    labels = [IGNORE_INDEX] * len(ids)
+    for a, b in keep:
+        first, stop = _touching(offsets, a, b)
+        labels[first:stop] = ids[first:stop]
+    for a, b in drop:
+        first, stop = _touching(offsets, a, b)
+        labels[first:stop] = [IGNORE_INDEX] * (stop - first)
+    return labels
+
+
+def _touching(offsets: list[tuple[int, int]], a: int, b: int) -> tuple[int, int]:
+    """The tokens (first, after the last) that hold a character of a..b-1. `(a,)` sorts before every (a, end)."""
+    first = bisect.bisect_left(offsets, (a,))
+    while first > 0 and offsets[first - 1][1] > a:
+        first -= 1
+    return first, bisect.bisect_left(offsets, (b,), first)

@@ -1,0 +1,328 @@
+"""From dataset entries to tokenised rows on disk: source → format → render → filter → shards, once for each key.
+
+Only one process prepares at a time; others that want the same data wait and find it. What a killed run has finished is
+kept and continued.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from axolotl.console import note
+from axolotl.data import cache
+from axolotl.data.filters import SeenRows, drop_rows
+from axolotl.data.ledger import (
+    LEDGER_SCHEMA,
+    ROWS_SCHEMA,
+    Counts,
+    DatasetSummary,
+    Reason,
+    summary_lines,
+    write_parquet,
+)
+from axolotl.data.prepared import Prepared
+from axolotl.data.progress import Progress
+from axolotl.data.shards import (
+    Part,
+    PartWriter,
+    arrange,
+    data_file,
+    disk_errors_told,
+    finished_parts,
+    part_batches,
+    reveal,
+    sync_folder,
+    write_whole,
+)
+from axolotl.data.sources import Source
+from axolotl.data.tasks import Task, fingerprint_parts, open_tasks
+from axolotl.data.work import Row, RowFailure
+from axolotl.data.workers import Engine, worker_count
+from axolotl.errors import DataError, Place, Problem
+
+if TYPE_CHECKING:
+    from axolotl.config.data import DataSection
+
+CHUNK_ROWS = 512
+"""Input rows that are rendered together. Part of the layout on disk: a change needs a new FORMAT_VERSION."""
+_MOST_FAILURES = 20
+
+
+def prepare(
+    data: DataSection,
+    tokenizer: Any,
+    *,
+    seed: int = 42,
+    places: Callable[[str], Place] | None = None,
+    workers: int | None = None,
+) -> Prepared:
+    """Prepares the datasets of a config, or finds them prepared.
+
+    `places` tells where a key stands in the config; `workers` overrides dataset_num_proc and the number of CPUs. The
+    result is the same for any number of workers.
+
+    Raises DataError for data that cannot be used (up to 20 rows are named), ConfigError for options that do not fit it,
+    and EnvironmentProblem for a disk that is full; nothing is then left that looks finished.
+    """
+    tasks = open_tasks(data, tokenizer, places or (lambda key: Place(key)))
+    parts = fingerprint_parts(data, tokenizer, tasks)
+    name = cache.fingerprint(parts)
+    root = Path(data.dataset_prepared_path or cache.DEFAULT_FOLDER)
+    final = root / name
+    manifest = cache.read_manifest(final)
+    reused = manifest is not None
+    if manifest is None:
+        why = cache.explain_miss(root, name, parts)
+        if why:
+            note(f"preparing again: {why}")
+        with cache.preparing(root, name, lambda: note("another process prepares this data; waiting for it")) as partial:
+            manifest = cache.read_manifest(final)
+            if manifest is None:
+                if final.exists():
+                    note(f"the prepared data in {final} is damaged; preparing it again")
+                    cache.remove(final)
+                manifest = _prepare(data, tasks, parts, partial, workers or worker_count(data.dataset_num_proc))
+                _finish(partial, final, manifest)
+    summaries = tuple(DatasetSummary.from_dict(s) for s in manifest["datasets"])
+    if reused:
+        note(f"prepared data found in {final}")
+    for line in summary_lines(summaries):
+        note(line)
+    _check_dropped(data, summaries)
+    return Prepared(final, name, data, seed, summaries, reused)
+
+
+def _prepare(
+    data: DataSection, tasks: list[Task], parts: dict[str, str], partial: Path, workers: int
+) -> dict[str, Any]:
+    """Does the work in `partial` and returns the manifest. Finished shards of an earlier run are taken over."""
+    with disk_errors_told(partial):
+        started = _read_json(partial / cache.MANIFEST)
+        if started is not None:  # killed while it was tidying up: all rows are there
+            return started
+        engine = Engine([task.job for task in tasks], workers)
+        try:
+            for set_name in dict.fromkeys(task.set_name for task in tasks):
+                mine = [t for t in tasks if t.set_name == set_name]
+                _prepare_set(partial / set_name, mine, engine, bool(data.dataset_exact_deduplication))
+        except DataError:
+            # Shards of data that has to change are of no use to anyone.
+            cache.remove(partial)
+            raise
+        finally:
+            engine.close()
+        summaries = [_summary(task) for task in tasks]
+        try:
+            _check_empty(tasks, summaries)
+        except DataError:
+            cache.remove(partial)
+            raise
+        _check_dropped(data, summaries)
+        return _write_manifest(partial, tasks, summaries, parts)
+
+
+def _prepare_set(folder: Path, tasks: list[Task], engine: Engine, deduplicate: bool) -> None:
+    """Writes the shards of one set (train, test_0, ...)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("*.new"):
+        left.unlink()
+    for task in tasks:
+        task.parts = finished_parts(folder, task.number)
+    taken = [p for task in tasks for p in task.parts]
+    seen = SeenRows(folder / "seen.sqlite") if deduplicate else None
+    if taken:
+        note(f"going on after {sum(p.counts.read for p in taken):,} rows that an earlier run had prepared")
+        for batch in part_batches(folder, taken, "rows") if seen else ():
+            seen.add(batch.column("key").to_numpy())  # type: ignore[union-attr]
+    totals = Counts()
+    failures: list[RowFailure] = []
+    for task in tasks:
+        totals = sum((p.counts for p in task.parts), totals)
+        if not (task.parts and task.parts[-1].last):
+            totals = _prepare_dataset(folder, task, engine, seen, totals, failures)
+    if seen:
+        seen.close()
+    if failures:
+        raise DataError([_row_problem(f) for f in failures[:_MOST_FAILURES]] + _more(failures))
+
+
+def _prepare_dataset(
+    folder: Path, task: Task, engine: Engine, seen: SeenRows | None, totals: Counts, failures: list[RowFailure]
+) -> Counts:
+    """Writes the remaining shards of one dataset. `totals`: what the set's folder holds before; returns it with these."""
+    already = sum(p.counts.read for p in task.parts)
+    progress = Progress(f"preparing {task.name}", getattr(task.source, "rows", None), already)
+    writer: PartWriter | None = None
+
+    def close(last: bool) -> None:
+        nonlocal writer, totals
+        if writer is None:
+            writer = new_writer()
+        task.parts.append(writer.close(last))
+        totals = totals + writer.part.counts
+        writer = None
+
+    def new_writer() -> PartWriter:
+        return PartWriter(folder, task.set_name, task.number, len(task.parts), totals.rows, totals.read)
+
+    try:
+        for result in engine.map(task.job, _chunks(task.source, already)):
+            progress.advance(len(result.rows.ledger.row))
+            failures += result.failures
+            if len(failures) > _MOST_FAILURES:
+                break
+            if failures:  # nothing more is written: this data has to change first
+                continue
+            rows = result.rows if seen is None else drop_rows(result.rows, seen.add(result.rows.keys), Reason.DUPLICATE)
+            writer = writer or new_writer()
+            writer.add(rows)
+            if writer.full:
+                close(last=False)
+        if not failures:
+            close(last=True)
+    finally:
+        if writer is not None:
+            writer.abandon()
+        progress.close()
+    return totals
+
+
+def _chunks(source: Source, already: int) -> Iterator[list[Row]]:
+    """The rows of a source after the first `already`, in chunks."""
+    for batch in source.batches(CHUNK_ROWS):
+        if already >= len(batch):
+            already -= len(batch)
+            continue
+        yield batch[already:] if already else batch
+        already = 0
+
+
+def _row_problem(failure: RowFailure) -> Problem:
+    detail = f": {failure.detail}" if failure.detail else ""
+    return Problem(
+        f"row {failure.row}: {failure.reason}{detail}.",
+        failure.remedy,
+        kind="data",
+        places=(Place(failure.file, failure.row),),
+    )
+
+
+def _more(failures: list[RowFailure]) -> list[Problem]:
+    if len(failures) <= _MOST_FAILURES:
+        return []
+    return [Problem("more rows cannot be used; the search stopped here.", kind="data")]
+
+
+def _summary(task: Task) -> DatasetSummary:
+    counts = sum((p.counts for p in task.parts), Counts())
+    return DatasetSummary(task.set_name, task.number, task.name, task.format.name, counts)
+
+
+def _check_empty(tasks: list[Task], summaries: list[DatasetSummary]) -> None:
+    """Raises DataError for each dataset of which no row is left."""
+    problems = []
+    for task, summary in zip(tasks, summaries, strict=True):
+        c = summary.counts
+        if c.rows:
+            continue
+        why = ", ".join(f"{n:,} {reason}" for reason, n in sorted(c.dropped.items(), key=lambda x: -x[1]))
+        message = f"no row of `{task.name}` is left: {why}." if c.read else f"`{task.name}` has no rows."
+        problems.append(Problem(message, _empty_remedy(c), kind="data", keys=(task.key,)))
+    if problems:
+        raise DataError(problems)
+
+
+def _empty_remedy(counts: Counts) -> str:
+    if not counts.dropped:
+        return "Check the file, and `split`."
+    return {
+        Reason.LONG.text: "Raise `sequence_len`, or set `excess_length_strategy: truncate`.",
+        Reason.SHORT.text: "Lower `min_sample_len`.",
+        Reason.UNTRAINED.text: "Check that answers are not empty, and `roles_to_train`, `train_on_inputs` and the "
+        "rows' own training marks.",
+        Reason.UNTRAINED_AFTER_CUT.text: "Raise `sequence_len`: the answers begin after it.",
+        Reason.DUPLICATE.text: "All its rows occur in an earlier dataset: remove the entry.",
+    }[max(counts.dropped, key=lambda reason: counts.dropped[reason])]
+
+
+def _check_dropped(data: DataSection, summaries: Iterable[DatasetSummary]) -> None:
+    """Raises DataError for each dataset that lost a larger share of its rows than max_dropped_fraction."""
+    limit = getattr(data, "max_dropped_fraction", None)
+    if limit is None:
+        return
+    problems = []
+    for s in summaries:
+        c = s.counts
+        if c.dropped_rows > limit * c.read:
+            why = ", ".join(f"{n:,} {reason}" for reason, n in sorted(c.dropped.items()))
+            problems.append(
+                Problem(
+                    f"{c.dropped_rows:,} of {c.read:,} rows of `{s.name}` were dropped ({c.dropped_rows / c.read:.1%}: "
+                    f"{why}), more than `max_dropped_fraction` {limit:g} allows.",
+                    "Mend the data or the limits that dropped them, or raise `max_dropped_fraction`.",
+                    kind="data",
+                    keys=("max_dropped_fraction",),
+                )
+            )
+    if problems:
+        raise DataError(problems)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return value
+    except (OSError, ValueError):
+        return None
+
+
+def _write_manifest(
+    partial: Path, tasks: list[Task], summaries: list[DatasetSummary], parts: dict[str, str]
+) -> dict[str, Any]:
+    """Writes ledger, lengths, summary, and last the manifest: with it, all that is left to do is to rename."""
+    sets: dict[str, list[Part]] = {}
+    for task in tasks:
+        sets.setdefault(task.set_name, []).extend(task.parts)
+    ledger = (b for name, ps in sets.items() for b in part_batches(partial / name, ps, "ledger"))
+    write_parquet(partial / "ledger.parquet", LEDGER_SCHEMA, ledger)
+    for name, ps in sets.items():
+        write_parquet(partial / f"{name}.rows.parquet", ROWS_SCHEMA, part_batches(partial / name, ps, "rows"))
+    described = [s.as_dict() for s in summaries]
+    write_whole(partial / "summary.json", json.dumps({"datasets": described}, indent=2, ensure_ascii=False))
+    files: dict[str, int] = {}
+    for name, ps in sets.items():
+        shards = arrange_names(ps)
+        files |= {f"{name}/{target}": part.sizes["arrow"] for target, part in shards}
+        files[f"{name}.rows.parquet"] = (partial / f"{name}.rows.parquet").stat().st_size
+    manifest = {
+        "version": cache.FORMAT_VERSION,
+        "parts": parts,
+        "datasets": described,
+        "sets": {name: [p.stem for p in ps if p.counts.rows] for name, ps in sets.items()},
+        "files": files,
+    }
+    write_whole(partial / cache.MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False))
+    return manifest
+
+
+def arrange_names(parts: list[Part]) -> list[tuple[str, Part]]:
+    """The shards that hold rows, with their final names."""
+    shards = [p for p in parts if p.counts.rows]
+    return [(data_file(i, len(shards)), part) for i, part in enumerate(shards)]
+
+
+def _finish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Renames shards and folder; may be interrupted and repeated at any point."""
+    with disk_errors_told(partial):
+        for name, stems in manifest["sets"].items():
+            arrange(partial / name, stems, final.name)
+        now = time.time_ns()
+        for i, name in enumerate(manifest["sets"]):
+            reveal(partial / name, now + i * 1_000_000)
+        sync_folder(partial)
+        partial.rename(final)
+        sync_folder(final.parent)

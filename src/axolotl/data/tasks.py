@@ -1,0 +1,95 @@
+"""The datasets of a config, opened: what is known before any row is read, and what the prepared rows depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from axolotl.console import show_problem
+from axolotl.data import cache
+from axolotl.data.filters import Limits
+from axolotl.data.formats import Format, check_fields, resolve_format
+from axolotl.data.render import Renderer, build_renderer
+from axolotl.data.shards import Part
+from axolotl.data.sources import Source, open_source
+from axolotl.data.work import Job, TokenizerFacts
+from axolotl.errors import DataError, Place, Problem, UserError
+
+if TYPE_CHECKING:
+    from axolotl.config.data import DatasetEntry, DataSection
+
+
+@dataclass
+class Task:
+    """One dataset entry, opened."""
+
+    key: str
+    set_name: str
+    number: int
+    """Position of the entry in its list."""
+    entry: DatasetEntry
+    source: Source
+    format: Format
+    renderer: Renderer
+    job: Job
+    parts: list[Part] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return str(self.entry.path or self.key)
+
+
+def open_tasks(data: DataSection, tokenizer: Any, places: Callable[[str], Place]) -> list[Task]:
+    """Opens every dataset and checks what can be known before its rows are read; all mistakes come together."""
+    tasks: list[Task] = []
+    problems: list[Problem] = []
+    facts = TokenizerFacts.of(tokenizer)
+    eval_len = data.eval_sequence_len or data.sequence_len
+    eval_data = data.model_copy(update={"sequence_len": eval_len})
+    entries = [(f"datasets[{i}]", "train", i, e, data) for i, e in enumerate(data.datasets)]
+    entries += [(f"test_datasets[{i}]", f"test_{i}", i, e, eval_data) for i, e in enumerate(data.test_datasets)]
+    for key, set_name, number, entry, section in entries:
+        try:
+            source = open_source(entry, section, places(key))
+            columns = list(source.columns)
+            format_ = resolve_format(entry, columns, section, places(f"{key}.type"))
+            renderer = build_renderer(facts, section, entry)
+            unfit = check_fields(format_, columns, entry, places(key))
+            problems += [unfit] if unfit else renderer.problems()
+        except UserError as error:
+            problems += error.problems
+            continue
+        limits = Limits(
+            2 if data.min_sample_len is None else data.min_sample_len,
+            section.sequence_len,
+            data.excess_length_strategy or "drop",
+        )
+        job = Job(section, entry, columns, limits, facts)
+        tasks.append(Task(key, set_name, number, entry, source, format_, renderer, job))
+    problems = list(dict.fromkeys(problems))
+    if any(p.fatal for p in problems):
+        raise DataError(problems)
+    for problem in problems:
+        show_problem(problem)
+    if not tasks:
+        raise DataError("the config names no dataset.", "Add at least one entry under `datasets`.", places("datasets"))
+    return tasks
+
+
+def fingerprint_parts(data: DataSection, tokenizer: Any, tasks: list[Task]) -> dict[str, str]:
+    """All that decides the prepared rows, by the names that a user is told when one changes."""
+    parts = {
+        "the version of the preparation": str(cache.FORMAT_VERSION),
+        "the tokenizer": cache.tokenizer_digest(tokenizer),
+        **cache.option_parts(data),
+        **cache.template_parts(data),
+    }
+    for task in tasks:
+        parts |= cache.entry_parts(task.entry, task.key)
+        for what, value in task.source.fingerprint_parts().items():
+            parts[f"the content of {what}"] = value
+        for what, value in task.renderer.fingerprint_parts().items():
+            parts[f"{what} of {task.key}"] = cache.digest(value)
+        parts |= cache.code_parts(task.entry)
+    return parts

@@ -1,0 +1,213 @@
+"""A small pool of processes that keeps the order of its input, holds little in memory, and dies with its parent.
+
+The standard pools leave their processes waiting for ever when the parent is killed, and start new ones in place of those
+that the system killed for memory. Here each worker has a pipe of its own: when the parent is gone the pipe ends, and
+when a worker is gone the parent says so.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from axolotl.data.formats import formats
+from axolotl.data.work import ChunkResult, ChunkWorker, Job, Row
+from axolotl.errors import EnvironmentProblem
+
+_FEW_CHUNKS = 6
+"""A dataset of no more chunks is prepared without workers: they would take longer to start."""
+_AHEAD = 2
+"""Chunks that a worker has at a time: one in work, one waiting, so that it is never idle."""
+
+
+class WorkerFailed(Exception):
+    """A worker could not do its work for a reason that is no row's fault; holds its traceback."""
+
+
+def _serve(connection: Connection, payload: bytes) -> None:
+    """What a worker process does until its pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    gc.freeze()
+    gc.set_threshold(200_000, 50, 1_000)  # a chunk is millions of small objects, and none of them is a cycle
+    tasks: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+
+    def receive() -> None:
+        # A thread of its own empties the pipe: parent and worker can never wait for each other with full pipes.
+        try:
+            while True:
+                tasks.put(connection.recv_bytes())
+        except (EOFError, OSError):
+            tasks.put(None)
+
+    threading.Thread(target=receive, daemon=True).start()
+    worker: ChunkWorker | None = None
+    while (task := tasks.get()) is not None:
+        try:
+            if worker is None:
+                worker = ChunkWorker(*pickle.loads(payload))
+            number, job, rows = pickle.loads(task)
+            answer: tuple[int, ChunkResult | str] = (number, worker.process(job, rows))
+        except Exception:  # noqa: BLE001 - told to the parent, which raises it
+            answer = (-1, _traceback())
+        try:
+            connection.send_bytes(pickle.dumps(answer, protocol=5))
+        except OSError:
+            return
+    os._exit(0)  # the receiving thread and Rust threads need no farewell
+
+
+def _traceback() -> str:
+    return traceback.format_exc()
+
+
+class WorkerPool:
+    """`count` processes that all know the same jobs. Raises pickle.PicklingError where a job cannot be sent."""
+
+    def __init__(self, jobs: list[Job], modules: list[str], count: int) -> None:
+        payload = pickle.dumps((jobs, modules), protocol=5)
+        context = multiprocessing.get_context("spawn")
+        self._connections: list[Connection] = []
+        self._processes: list[Any] = []
+        # One thread per worker: the processes are the parallelism.
+        quiet = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "ARROW_NUM_THREADS": "1"}
+        before = {name: os.environ.get(name) for name in quiet}
+        os.environ.update(quiet)
+        try:
+            for _ in range(count):
+                mine, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, payload), daemon=True)
+                process.start()
+                theirs.close()
+                self._connections.append(mine)
+                self._processes.append(process)
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+    def map(self, job: int, chunks: Iterable[list[Row]]) -> Iterator[ChunkResult]:
+        """Processes chunks of one job; results come in the order of the chunks."""
+        done: dict[int, ChunkResult] = {}
+        load = dict.fromkeys(range(len(self._connections)), 0)
+        source = enumerate(chunks)
+        due, sent, more = 0, 0, True
+        # A slow chunk holds back the results after it: no more are let in than this.
+        limit = 2 * _AHEAD * len(self._connections)
+        while more or due < sent:
+            while more and sent - due < limit and min(load.values()) < _AHEAD:
+                item = next(source, None)
+                if item is None:
+                    more = False
+                    break
+                target = min(load, key=lambda w: load[w])
+                self._send(target, pickle.dumps((item[0], job, item[1]), protocol=5))
+                load[target] += 1
+                sent += 1
+                self._collect(done, load, block=False)
+            if due in done:
+                yield done.pop(due)
+                due += 1
+            elif due < sent:
+                self._collect(done, load, block=True)
+
+    def _send(self, target: int, message: bytes) -> None:
+        try:
+            self._connections[target].send_bytes(message)
+        except OSError:
+            raise self._dead(target) from None
+
+    def _collect(self, done: dict[int, ChunkResult], load: dict[int, int], *, block: bool) -> None:
+        for ready in wait(self._connections, None if block else 0):
+            target = self._connections.index(ready)  # type: ignore[arg-type]
+            try:
+                number, result = pickle.loads(self._connections[target].recv_bytes())
+            except (EOFError, OSError):
+                raise self._dead(target) from None
+            if isinstance(result, str):
+                raise WorkerFailed(result)
+            done[number] = result
+            load[target] -= 1
+
+    def _dead(self, target: int) -> EnvironmentProblem:
+        process = self._processes[target]
+        process.join(5)
+        code = process.exitcode
+        how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
+        reason = " (the system does that when memory runs out)" if code == -9 else ""
+        return EnvironmentProblem(
+            f"a process that prepared data was ended {how}{reason}.",
+            "What is finished is kept, and the same command goes on from there; `dataset_num_proc: 1` needs less memory.",
+        )
+
+    def close(self) -> None:
+        """Ends the workers at once."""
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join()
+
+
+def worker_count(wanted: int | None) -> int:
+    """How many processes prepare data: as asked for, else one per CPU that this program may use, 16 at most."""
+    if wanted:
+        return wanted
+    if hasattr(os, "sched_getaffinity"):
+        return min(len(os.sched_getaffinity(0)), 16)
+    return min(os.cpu_count() or 1, 16)
+
+
+def can_spawn() -> bool:
+    """False where a started process could not find this program again (a session on standard input, say)."""
+    main = sys.modules.get("__main__")
+    file = getattr(main, "__file__", None)
+    return multiprocessing.current_process().daemon is False and (file is None or os.path.exists(file))
+
+
+class Engine:
+    """Runs chunks through format, renderer and filters: here while there are few, in worker processes beyond that."""
+
+    def __init__(self, jobs: list[Job], workers: int) -> None:
+        self.jobs, self.workers = jobs, workers
+        self._here: ChunkWorker | None = None
+        self._pool: WorkerPool | None = None
+
+    def map(self, job: Job, chunks: Iterable[list[Row]]) -> Iterator[ChunkResult]:
+        """Results in the order of the chunks."""
+        index = next(i for i, j in enumerate(self.jobs) if j is job)
+        rows = iter(chunks)
+        first = list(islice(rows, _FEW_CHUNKS + 1))
+        if len(first) > _FEW_CHUNKS and self._has_pool(job):
+            assert self._pool is not None
+            return self._pool.map(index, chain(first, rows))
+        here = self._here = self._here or ChunkWorker(self.jobs)
+        return (here.process(index, chunk) for chunk in chain(first, rows))
+
+    def _has_pool(self, job: Job) -> bool:
+        if self._pool is None and self.workers > 1 and can_spawn():
+            modules = {formats.describe(name).module for name in formats.names()}
+            plugins = sorted(m for m in modules if m and m.split(".")[0] not in ("axolotl", "__main__"))
+            if _own_module(job) != "__main__":
+                self._pool = WorkerPool(self.jobs, plugins, self.workers)
+        return self._pool is not None
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+
+def _own_module(job: Job) -> str:
+    kind = job.entry.type
+    name = kind.partition(":")[0] if isinstance(kind, str) else ""
+    return formats.describe(name).module if name in formats else ""

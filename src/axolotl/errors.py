@@ -1,0 +1,132 @@
+"""Everything that can go wrong, as one exception tree, and the value that describes one mistake.
+
+AxolotlError                  any error that this package raises on purpose
+└── UserError                 the user can mend it: shown without a traceback, exit code 2
+    ├── ConfigError           the YAML file or a command-line override
+    ├── DataError             a dataset, a row, a chat template
+    ├── ModelError            base model, tokenizer, adapter, merged weights
+    ├── CheckpointError       a checkpoint that cannot be written, read or resumed
+    └── EnvironmentProblem    this machine: missing extra, GPU, disk space, permissions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal[
+    "syntax",  # the file is not YAML
+    "unknown_key",
+    "duplicate_key",
+    "invalid_value",
+    "missing",  # a key that has to be there
+    "conflict",  # two keys that contradict each other
+    "removed",  # an old key that is gone
+    "unavailable",  # known to us, not built yet
+    "warning",  # shown, never fatal
+    "path",  # a file or folder
+    "data",
+    "model",
+    "checkpoint",
+    "environment",
+]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """Where a mistake stands: a file, with its line and column (both counted from 1) where they are known."""
+
+    file: str
+    line: int | None = None
+    column: int | None = None
+
+    def __str__(self) -> str:
+        parts = [self.file] + [str(n) for n in (self.line, self.column) if n is not None]
+        return ":".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake: what is wrong (the user's word in backticks), where, and what to do about it."""
+
+    message: str
+    remedy: str = ""
+    kind: Kind = "invalid_value"
+    keys: tuple[str, ...] = ()
+    places: tuple[Place, ...] = ()
+    excerpt: str = field(default="", compare=False)
+    """The offending line with a caret below it, where there is one."""
+
+    @property
+    def fatal(self) -> bool:
+        return self.kind != "warning"
+
+    def as_dict(self) -> dict[str, object]:
+        """The form that `axolotl check --json` prints."""
+        place = self.places[0] if self.places else Place("")
+        return {
+            "kind": self.kind,
+            "key": self.keys[0] if self.keys else None,
+            "keys": list(self.keys),
+            "file": place.file or None,
+            "line": place.line,
+            "column": place.column,
+            "places": [str(p) for p in self.places],
+            "message": self.message,
+            "remedy": self.remedy,
+        }
+
+    def __str__(self) -> str:
+        where = f"{', '.join(map(str, self.places))}: " if self.places else ""
+        remedy = f"\n  {self.remedy}" if self.remedy else ""
+        return f"{where}{self.message}{remedy}"
+
+
+class AxolotlError(Exception):
+    """The root of the tree."""
+
+    exit_code = 1
+
+
+class UserError(AxolotlError):
+    """One or more mistakes that the user can mend, all told at once."""
+
+    exit_code = 2
+    default_kind: Kind = "invalid_value"
+
+    def __init__(self, problems: Problem | str | Iterable[Problem], remedy: str = "", *places: Place) -> None:
+        if isinstance(problems, str):
+            problems = (Problem(problems, remedy, self.default_kind, (), places),)
+        elif isinstance(problems, Problem):
+            problems = (problems,)
+        self.problems: tuple[Problem, ...] = tuple(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class ConfigError(UserError):
+    """The config file, or an override on the command line."""
+
+
+class DataError(UserError):
+    """A dataset, a row of it, or the template that renders it."""
+
+    default_kind = "data"
+
+
+class ModelError(UserError):
+    """A base model, tokenizer, adapter or merged model."""
+
+    default_kind = "model"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, read or resumed."""
+
+    default_kind = "checkpoint"
+
+
+class EnvironmentProblem(UserError):
+    """This machine lacks something: an optional package, a GPU, disk space, a permission."""
+
+    default_kind = "environment"

@@ -1,0 +1,147 @@
+"""What an adapter folder holds, and whether it fits a model: read from the file's header, before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
+from transformers import PreTrainedModel
+
+from axolotl.console import note
+from axolotl.errors import ModelError
+from axolotl.model.embeddings import embedding_rows
+from axolotl.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TensorEntry, read_header, read_json
+
+PREFIX = "base_model.model."
+_LORA = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight|\.bias)?$")
+
+
+def adapter_config(folder: Path) -> PeftConfig:
+    """The adapter's PEFT configuration. Keys of a newer PEFT are left out, which is told.
+
+    Raises ModelError for a folder without a readable one, and for a kind of adapter that this PEFT does not have.
+    """
+    file = folder / ADAPTER_CONFIG
+    if not file.is_file():
+        what = "a whole model" if (folder / "config.json").is_file() else "no adapter"
+        remedy = (
+            "Give it as `base_model`, without an adapter."
+            if what == "a whole model"
+            else "Name the folder that training wrote, or train first."
+        )
+        raise ModelError(f"`{folder}` holds {what}: there is no `{ADAPTER_CONFIG}`.", remedy)
+    plain = read_json(file)
+    kind = plain.get("peft_type")
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    if cls is None:
+        raise ModelError(f"`{file}` is of the kind `{kind}`, which this PEFT does not have.", "Install a newer peft.")
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = {k: v for k, v in plain.items() if k not in known and k != "peft_version"}
+    if any(v not in (None, False, {}, []) for v in unknown.values()):
+        note(f"`{file}` comes from a newer PEFT; left out: {', '.join(f'`{k}`' for k in sorted(unknown))}.")
+    try:
+        return cls(**{k: v for k, v in plain.items() if k in known})
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"`{file}` cannot be used: {error}", "Copy it again from where the adapter was saved.") from None
+
+
+def adapter_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, TensorEntry] | None:
+    """Names and shapes of the adapter's tensors; None where they are in an (allowed) pickle file.
+
+    Raises ModelError for missing or damaged weights and for pickle files that are not allowed.
+    """
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        return read_header(folder / ADAPTER_WEIGHTS)[0]
+    if (folder / "adapter_model.bin").is_file():
+        if allow_pickle:
+            return None
+        raise ModelError(
+            f"`{folder}` has its weights only as a pickle file (`adapter_model.bin`), which can run any code.",
+            "Convert it to safetensors, or set `trust_remote_code: true` if you trust where it comes from.",
+        )
+    raise ModelError(
+        f"`{folder}` has no `{ADAPTER_WEIGHTS}`.", "The adapter was not saved to its end: use an earlier checkpoint."
+    )
+
+
+def check_adapter_fits(
+    model: PreTrainedModel, folder: Path, config: PeftConfig, *, allow_pickle: bool = False
+) -> None:
+    """Raises ModelError where the adapter was trained on another model: layers, shapes and vocabulary are named."""
+    tensors = adapter_tensors(folder, allow_pickle=allow_pickle)
+    if tensors is None:
+        return
+    if not tensors:
+        raise ModelError(f"`{folder / ADAPTER_WEIGHTS}` holds no tensors.", "Train again, or use an earlier checkpoint.")
+    modules = dict(model.named_modules())
+    absent, wrong = [], []
+    for name, entry in tensors.items():
+        match = _LORA.match(name.removeprefix(PREFIX))
+        if not match:
+            wrong += _embedding_mismatch(name.removeprefix(PREFIX), entry, modules, model)
+            continue
+        module = modules.get(match.group(1))
+        if module is None:
+            absent.append(match.group(1))
+            continue
+        wrong += _lora_mismatch(match.group(1), match.group(2), entry, module)
+    if not absent and not wrong:
+        return
+    base = config.base_model_name_or_path
+    remedy = f"Set `base_model` to the model it was trained on{f', `{base}`' if base else ''}."
+    if wrong:
+        raise ModelError(f"The adapter `{folder}` was trained on another base model: {'; '.join(wrong[:3])}.", remedy)
+    parts = sorted(set(absent))
+    convertible = getattr(config, "target_parameters", None) or _is_fused(modules, parts)
+    if not convertible:
+        raise ModelError(
+            f"The adapter `{folder}` was trained on another base model: it has weights for {len(parts)} layers that "
+            f"this one lacks, such as `{parts[0]}`.",
+            remedy,
+        )
+
+
+def _is_fused(modules: dict[str, nn.Module], absent: list[str]) -> bool:
+    """Whether the absent layers are experts, which this transformers may hold as one stacked parameter."""
+    return all(".experts." in name and name.split(".experts.")[0] + ".experts" in modules for name in absent)
+
+
+def _lora_mismatch(path: str, part: str, entry: TensorEntry, module: nn.Module) -> list[str]:
+    inner, outer = _sizes(module)
+    if inner is None or not entry.shape:
+        return []
+    if part == "lora_A" and len(entry.shape) == 2 and entry.shape[1] != inner:
+        return [f"`{path}` has {inner} inputs here, {entry.shape[1]} in the adapter"]
+    if part == "lora_B" and len(entry.shape) == 2 and entry.shape[0] != outer:
+        return [f"`{path}` has {outer} outputs here, {entry.shape[0]} in the adapter"]
+    return []
+
+
+def _sizes(module: nn.Module) -> tuple[int | None, int | None]:
+    """Inputs and outputs of a linear layer; None for any other."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return int(module.in_features), int(module.out_features)
+    if type(module).__name__ == "Conv1D":
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    return None, None
+
+
+def _embedding_mismatch(
+    name: str, entry: TensorEntry, modules: dict[str, nn.Module], model: PreTrainedModel
+) -> list[str]:
+    """For modules that the adapter saved whole: their shape against the model's."""
+    path = name.removesuffix(".weight").removesuffix(".base_layer")
+    weight: Any = getattr(modules.get(path), "weight", None)
+    if weight is None or not name.endswith(".weight") or len(entry.shape) != weight.dim():
+        return []
+    if weight.dtype.is_floating_point and tuple(weight.shape) != entry.shape:
+        rows = embedding_rows(model)
+        if weight.shape[0] == rows and entry.shape[1:] == tuple(weight.shape[1:]):
+            return [f"its vocabulary has {entry.shape[0]:,} rows, this model's {rows:,}"]
+        return [f"`{path}` is {tuple(weight.shape)} here, {entry.shape} in the adapter"]
+    return []

@@ -1,0 +1,321 @@
+"""Attention: which implementation a run uses, and our own that keeps the documents of a packed row apart.
+
+`axolotl_packed` takes the borders of the documents as model arguments (`cu_seq_lens_q`, `max_length_q`), computed once
+per batch on the host, and attends within each document only. It runs everywhere: flash-attn where installed, else
+torch's variable-length kernel on CUDA, else one scaled_dot_product_attention per document.
+
+Shapes: B batch, H heads, G key/value heads, T tokens, D width of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, PreTrainedModel
+
+from axolotl.config.model import ModelSection
+from axolotl.config.resolve import Hardware
+from axolotl.errors import ConfigError, ModelError, Problem
+
+PACKED = "axolotl_packed"
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """An implementation and why it was chosen. `name` is what `from_pretrained(attn_implementation=)` takes."""
+
+    name: str
+    reason: str
+    joined: bool = False
+    """The rows of a packed batch are joined into one long row; otherwise they stay rows of their own."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How one value of `attn_implementation` is carried out: packed and unpacked, and where it cannot run."""
+
+    packed: str
+    unpacked: str
+    cuda_only: str = ""
+    """Why it needs a GPU, for the error message; empty: runs everywhere."""
+
+
+_OURS = Backend(PACKED, "sdpa")
+BACKENDS: dict[str, Backend] = {
+    "eager": Backend("eager", "eager"),
+    "sdpa": Backend("sdpa", "sdpa"),
+    "flex_attention": Backend("flex_attention", "flex_attention", "flex attention has no backward pass on the CPU"),
+    "flash_attention_2": _OURS,
+    "flash_attention_3": _OURS,
+    "flash_attention_4": _OURS,
+    "xformers": _OURS,
+    PACKED: Backend(PACKED, PACKED),
+}
+
+
+def choose_attention(model: ModelSection, packing: bool, hardware: Hardware) -> AttentionChoice:
+    """The implementation for a run. Every flash spelling works on every platform.
+
+    Raises ConfigError for an implementation that is unknown or that this machine cannot train with.
+    """
+    asked = model.attn_implementation
+    if asked is None:
+        name = PACKED if packing else "sdpa"
+        return AttentionChoice(name, "packed rows" if packing else "the default", packing)
+    backend = _OURS if "/" in asked else BACKENDS.get(asked)
+    if backend is None:
+        remedy = f"Known: {', '.join(sorted(set(BACKENDS) - {PACKED}))}."
+        raise ConfigError(_problem(f"`attn_implementation: {asked}` is not available.", remedy))
+    if backend.cuda_only and hardware.device != "cuda":
+        message = f"`attn_implementation: {asked}` needs a GPU: {backend.cuda_only}."
+        raise ConfigError(_problem(message, "Leave attn_implementation out, or set it to sdpa."))
+    name = backend.packed if packing else backend.unpacked
+    reason = "asked for" if name == asked else f"takes the place of {asked}"
+    return AttentionChoice(name, reason, packing and name == PACKED)
+
+
+def _problem(message: str, remedy: str) -> Problem:
+    return Problem(message, remedy, "invalid_value", ("attn_implementation",))
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    **extra: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention within documents: query [B,H,T,D], key and value [B,G,T,D] to [B,T,H,D].
+
+    `cu_seq_lens_q` holds the borders of the documents over the B*T tokens (int32, first 0, last B*T). Without it
+    every row is one document; the padding must then stand at the right, where causal attention never looks.
+    Raises ModelError for arguments that would need a mask, such as a key/value cache.
+    """
+    B, H, T, D = query.shape
+    if attention_mask is not None or key.shape[2] != T:
+        raise ModelError(
+            "Training attention was called with a mask or a key/value cache.",
+            "Generate inside `axolotl.model.attention.generating(model)`.",
+        )
+    causal = extra.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    softcap, sinks = extra.get("softcap"), extra.get("s_aux")
+    if extra.get("position_bias") is not None:
+        raise ModelError("This model's position bias cannot be packed.", "Set `attn_implementation: sdpa`.")
+    if cu_seq_lens_q is None and B == 1:
+        cu_seq_lens_q, max_length_q = _borders(extra.get("position_ids"), T)
+    plain = causal and softcap is None and sinks is None
+    if plain and sliding_window is None and cu_seq_lens_q is None:
+        out = _sdpa(query, key, value, scaling, dropout)
+        return out.transpose(1, 2).contiguous(), None
+    kernel = _kernel(query.device.type, query.dtype, D, dropout > 0) if plain and cu_seq_lens_q is not None else None
+    if kernel is not None:
+        window = (sliding_window - 1 if sliding_window else -1, 0)
+        longest = max_length_q or T
+        q, k, v = (x.transpose(1, 2).reshape(B * T, x.shape[1], D) for x in (query, key, value))
+        out = kernel(q, k, v, cu_seq_lens_q, longest, scaling, window)
+        return out.reshape(B, T, H, D), None
+    one = functools.partial(
+        _document, scaling=scaling, dropout=dropout, causal=causal, window=sliding_window, softcap=softcap, sinks=sinks
+    )
+    if cu_seq_lens_q is None:
+        return one(query, key, value).transpose(1, 2).contiguous(), None
+    if B > 1:
+        query, key, value = (x.transpose(0, 1).reshape(1, x.shape[1], B * T, D) for x in (query, key, value))
+    borders = _on_host(cu_seq_lens_q)
+    outs = [one(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b]) for a, b in zip(borders, borders[1:]) if b > a]
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+    return out.transpose(1, 2).reshape(B, T, H, D), None
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, dropout: float) -> torch.Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped
+    )
+
+
+def _document(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float | None,
+    dropout: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One document by plain torch, [1,H,N,D]. A window is worked through in blocks, so that no N*N mask is built."""
+    N = query.shape[2]
+    if causal and softcap is None and sinks is None and (window is None or N <= window):
+        return _sdpa(query, key, value, scaling, dropout)
+    block = N if window is None or not causal else max(window, 64)
+    groups = query.shape[1] // key.shape[1]
+    outs = []
+    for start in range(0, N, block):
+        stop = min(start + block, N)
+        first = max(0, start - window + 1) if window is not None and causal else 0
+        last = stop if causal else N
+        k, v = (x[:, :, first:last].repeat_interleave(groups, dim=1) for x in (key, value))
+        q_at = torch.arange(start, stop, device=query.device)[:, None]
+        k_at = torch.arange(first, last, device=query.device)[None, :]
+        seen = torch.ones(stop - start, last - first, dtype=torch.bool, device=query.device)
+        if causal:
+            seen &= k_at <= q_at
+        if window is not None:
+            seen &= k_at > q_at - window if causal else (k_at - q_at).abs() < window
+        q = query[:, :, start:stop]
+        if softcap is None and sinks is None:
+            outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, dropout_p=dropout))
+        else:
+            outs.append(_scores(q, k, v, seen, scaling, dropout, softcap, sinks))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+
+def _scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seen: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention with its scores written out, for capped scores and for attention sinks (one extra score per head)."""
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.float().masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        column = sinks.float().reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = torch.softmax(scores, dim=-1)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return F.dropout(weights.to(q.dtype), dropout) @ v
+
+
+Kernel = Callable[..., torch.Tensor]
+
+
+@functools.cache
+def _kernel(device: str, dtype: torch.dtype, head_dim: int, dropout: bool) -> Kernel | None:
+    """The variable-length kernel for these tensors, or None where documents are done one by one."""
+    if device != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim > 256 or head_dim % 8 or dropout:
+        return None
+    flash = _load("flash_attn", "flash_attn_varlen_func")
+    if flash is not None:
+        return lambda q, k, v, cu, longest, scale, window: flash(
+            q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True, window_size=window
+        )
+    varlen = _load("torch.nn.attention.varlen", "varlen_attn")
+    if varlen is None:
+        return None
+    # torch says "causal" by a window that is closed on the right; newer versions want grouped heads announced.
+    announce = "enable_gqa" in inspect.signature(varlen).parameters
+
+    def run(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu: torch.Tensor,
+        longest: int,
+        scale: float | None,
+        window: tuple[int, int],
+    ) -> torch.Tensor:
+        more = {"enable_gqa": True} if announce and q.shape[1] != k.shape[1] else {}
+        return varlen(q, k, v, cu, cu, longest, longest, scale=scale, window_size=window, **more)
+
+    return run
+
+
+def _load(module: str, name: str) -> Any:
+    """An attribute of an optional module, or None. A package that is half installed counts as absent."""
+    try:
+        if importlib.util.find_spec(module) is None:
+            return None
+        return getattr(importlib.import_module(module), name, None)
+    except (ImportError, OSError, RuntimeError):
+        return None
+
+
+class _Remembered:
+    """What was read from a tensor last: each reading waits for the device, and all layers of a pass ask the same."""
+
+    def __init__(self, read: Callable[[torch.Tensor], Any]) -> None:
+        self.read = read
+        self.tensor: weakref.ref[torch.Tensor] | None = None
+        self.value: Any = None
+
+    def __call__(self, tensor: torch.Tensor) -> Any:
+        if self.tensor is None or self.tensor() is not tensor:
+            self.value = self.read(tensor)
+            self.tensor = weakref.ref(tensor)
+        return self.value
+
+
+def _read_restarts(position_ids: torch.Tensor) -> tuple[torch.Tensor | None, int | None]:
+    starts = ((position_ids[0, 1:] != position_ids[0, :-1] + 1).nonzero()[:, 0] + 1).tolist()
+    if not starts:
+        return None, None
+    borders = [0, *starts, position_ids.shape[1]]
+    cu = torch.tensor(borders, dtype=torch.int32, device=position_ids.device)
+    return cu, max(b - a for a, b in zip(borders, borders[1:]))
+
+
+_on_host: Callable[[torch.Tensor], list[int]] = _Remembered(lambda cu: cu.tolist())
+_restarts: Callable[[torch.Tensor], tuple[torch.Tensor | None, int | None]] = _Remembered(_read_restarts)
+
+
+def _borders(position_ids: torch.Tensor | None, T: int) -> tuple[torch.Tensor | None, int | None]:
+    """Document borders read from restarting positions, for models that do not hand the borders on."""
+    if position_ids is None or position_ids.shape != (1, T):
+        return None, None
+    return _restarts(position_ids)
+
+
+# No mask function is registered beside it: transformers then builds no mask at all.
+AttentionInterface.register(PACKED, packed_attention)
+
+
+def set_attention(model: PreTrainedModel, name: str) -> bool:
+    """Switches a loaded model to another implementation; False where its code does not allow it."""
+    if model.config._attn_implementation == name:
+        return True
+    try:
+        model.set_attn_implementation(name)
+    except (ValueError, KeyError, ImportError, NotImplementedError):
+        return False
+    return bool(model.config._attn_implementation == name)
+
+
+@contextmanager
+def generating(model: PreTrainedModel) -> Iterator[None]:
+    """Lends a model that is in training an attention that can use a cache and padding on the left."""
+    before = model.config._attn_implementation
+    if before == PACKED:
+        set_attention(model, "sdpa")
+    try:
+        yield
+    finally:
+        if before == PACKED:
+            set_attention(model, PACKED)
+

@@ -1,0 +1,226 @@
+"""A model of which only the adapter is real: says which base tensors the adapter changes, and computes them one by one.
+
+The base weights are placeholders of no size on the CPU; PEFT puts the adapter on them as on any model. To merge a
+layer, its real weights are put in, PEFT's own `merge` of that layer runs, and the result is taken out. Whatever PEFT
+can merge layer by layer is therefore merged exactly as PEFT does it, with memory for one layer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import TrainableTokensWrapper
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from axolotl.errors import ModelError
+from axolotl.model.adapter_files import check_adapter_fits
+from axolotl.model.embeddings import mean_row
+from axolotl.model.files import ADAPTER_WEIGHTS
+
+# Kinds whose layers merge on their own; the others go through PEFT with the whole model in memory.
+_LAYERWISE = frozenset({"LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "HRA", "VERA", "TRAINABLE_TOKENS", "BOFT"})
+# Starts of LoRA that also change the base weights, which loading has to repeat.
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "loftq")
+NAME = "default"
+
+
+
+def _placeholder(shape: torch.Size) -> nn.Parameter:
+    """A weight of that shape that takes no memory."""
+    parameter = nn.Parameter(torch.zeros(1).expand(shape), requires_grad=False)
+    parameter.is_placeholder = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def is_placeholder(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "is_placeholder", False)
+
+
+ReadTensor = Callable[[str], torch.Tensor | None]
+"""Gives the base model's tensor of that name (float32), or None where the base has none."""
+
+
+class NotLayerwiseError(Exception):
+    """The adapter cannot be merged layer by layer; the text says why."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One module that the adapter changes: the names of its tensors, and how to compute them."""
+
+    names: tuple[str, ...]
+    compute: Callable[[ReadTensor], dict[str, torch.Tensor]]
+    tied_to_input: bool = False
+    """An output head that takes all its changes from the input embedding."""
+    check: Callable[[ReadTensor], float] | None = None
+    """The largest difference that merging makes to the module's output, relative to that output."""
+
+
+def why_not_layerwise(config: PeftConfig) -> str | None:
+    """The reason why an adapter has to be merged with the whole model in memory, or None."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind not in _LAYERWISE:
+        return f"{kind} adapters are merged by PEFT as a whole"
+    start = getattr(config, "init_lora_weights", None)
+    if not isinstance(start, bool) and start not in _PLAIN_STARTS:
+        return f"the start `{start}` also changed the base weights"
+    if getattr(config, "layer_replication", None):
+        return "the adapter repeats layers of the base model"
+    return None
+
+
+class Skeleton:
+    """Architecture with placeholder weights, and a trained adapter on it. `rows`: of the embeddings."""
+
+    def __init__(self, config: PretrainedConfig, peft_config: PeftConfig, folder: Path, rows: int) -> None:
+        config.get_text_config().vocab_size = rows
+        with torch.device("meta"):
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        self._empty_weights()
+        self.tensor_names = frozenset(self.model.state_dict())
+        self.tied = self._tied_head()
+        check_adapter_fits(self.model, folder, peft_config)
+        peft_config.inference_mode = True
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            self.peft_model = PeftModel.from_pretrained(
+                self.model,
+                str(folder),
+                config=peft_config,
+                low_cpu_mem_usage=True,
+                torch_device="cpu",
+            )
+        if any("missing adapter keys" in str(w.message) for w in said):
+            raise ModelError(f"`{folder / ADAPTER_WEIGHTS}` lacks some of the adapter's weights.",
+                             "The adapter was not saved to its end: use an earlier checkpoint.")
+        self._refuse_not_finite(folder)
+
+    def _empty_weights(self) -> None:
+        """Gives every weight its shape and no memory. Tied weights stay tied."""
+        made: dict[int, nn.Parameter] = {}
+        for module in self.model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if id(parameter) not in made:
+                    made[id(parameter)] = _placeholder(parameter.shape)
+                module._parameters[name] = made[id(parameter)]
+
+    def _tied_head(self) -> tuple[str, str] | None:
+        """Names of input embedding and output head, where they are one tensor."""
+        first, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if head is None or head.weight is not first.weight:
+            return None
+        names = {id(m): n for n, m in self.model.named_modules()}
+        return f"{names[id(first)]}.weight", f"{names[id(head)]}.weight"
+
+    def _refuse_not_finite(self, folder: Path) -> None:
+        for name, parameter in self.peft_model.named_parameters():
+            if is_placeholder(parameter) or parameter.is_meta:
+                continue
+            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+                raise ModelError(
+                    f"The adapter `{folder}` holds numbers that are not finite, in `{name}`.",
+                    "The training run diverged: merge an earlier checkpoint.",
+                )
+
+    def changes(self) -> Iterator[Change]:
+        """Everything that the adapter changes. Raises NotLayerwiseError for a module that PEFT merges differently."""
+        inside: list[str] = []
+        for name, module in self.model.named_modules():
+            if any(name.startswith(f"{parent}.") for parent in inside) and not isinstance(module, ParamWrapper):
+                continue
+            if isinstance(module, ModulesToSaveWrapper):
+                inside.append(name)
+                yield _replacement(name, module)
+            elif isinstance(module, TrainableTokensWrapper):
+                inside.append(name)
+                layer = module.token_adapter
+                yield self._merge(name, layer, ("weight",), tied=bool(layer.tied_adapter))
+            elif isinstance(module, BaseTunerLayer):
+                inside.append(name)
+                if isinstance(module, ParamWrapper):
+                    yield self._merge(name.replace(".base_layer", ""), module, (module.parameter_name,))
+                elif isinstance(module.get_base_layer(), nn.MultiheadAttention):
+                    raise NotLayerwiseError("PEFT merges torch's own attention modules as a whole")
+                else:
+                    own = tuple(n for n, _ in module.get_base_layer().named_parameters(recurse=False))
+                    yield self._merge(name, module, own)
+        yield from self._saved_beside()
+
+    def _saved_beside(self) -> Iterator[Change]:
+        """Base weights that the adapter's file holds whole, such as embeddings of a larger vocabulary."""
+        for name, parameter in self.model.named_parameters():
+            plain = name.replace(".base_layer", "")
+            if plain in self.tensor_names and not is_placeholder(parameter) and not parameter.is_meta:
+                value = parameter.data
+                yield Change((plain,), lambda _, n=plain, v=value: {n: v})
+
+    def _merge(self, path: str, layer: Any, names: tuple[str, ...], tied: bool = False) -> Change:
+        full = tuple(f"{path}.{n}" for n in names)
+
+        def fill(read: ReadTensor) -> Any:
+            base = layer.get_base_layer()
+            for short, name in zip(names, full, strict=True):
+                present = base._parameters[short]
+                value = read(name) if is_placeholder(present) else present.data.clone()
+                if value is None:
+                    raise NotLayerwiseError(f"the base model's files have no tensor `{name}`")
+                base._parameters[short] = nn.Parameter(value, requires_grad=False)
+            return base
+
+        def empty(base: Any) -> dict[str, torch.Tensor]:
+            result = {}
+            for short, name in zip(names, full, strict=True):
+                result[name] = base._parameters[short].data
+                base._parameters[short] = _placeholder(result[name].shape)
+            layer.merged_adapters.clear()
+            getattr(layer, "_caches", {}).clear()
+            return result
+
+        def compute(read: ReadTensor) -> dict[str, torch.Tensor]:
+            base = fill(read)
+            with torch.no_grad():
+                layer.merge(safe_merge=False, adapter_names=[NAME])
+            return empty(base)
+
+        def check(read: ReadTensor) -> float:
+            base = fill(read)
+            inputs = _inputs_for(base)
+            with torch.no_grad():
+                before = layer(inputs)
+                layer.merge(safe_merge=False, adapter_names=[NAME])
+                after = layer(inputs)
+            empty(base)
+            return float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
+
+        checkable = isinstance(layer.get_base_layer(), (nn.Linear, nn.Embedding)) and not isinstance(layer, ParamWrapper)
+        return Change(full, compute, tied, check if checkable else None)
+
+
+def _replacement(name: str, module: ModulesToSaveWrapper) -> Change:
+    values = {f"{name}.{k}": v for k, v in module.modules_to_save[NAME].state_dict().items()}
+    return Change(tuple(values), lambda _: values)
+
+
+def _inputs_for(base: nn.Module) -> torch.Tensor:
+    """Reproducible inputs for a linear layer or an embedding."""
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(base, nn.Embedding):
+        return torch.randint(base.num_embeddings, (8, 16), generator=generator)
+    return torch.randn(16, base.in_features, generator=generator)
+
+
+def resized(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """An embedding cut or grown to `rows`; new rows are the mean of the old ones, as in training."""
+    if rows <= tensor.shape[0]:
+        return tensor[:rows]
+    return torch.cat([tensor, mean_row(tensor).expand(rows - tensor.shape[0], -1)])
