@@ -37,6 +37,8 @@ MAY_IMPORT = {
     "__main__": {"cli"},
 }
 FORBIDDEN_WORDS = {"utils", "util", "manager", "helper", "helpers", "handler", "handlers", "common", "misc", "core"}
+# Names that transformers gave to methods which we replace.
+GIVEN_NAMES = {"compute_loss_context_manager"}
 HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "trl", "numpy", "pyarrow", "tokenizers", "rich", "jinja2"}
 
 
@@ -154,7 +156,7 @@ def test_names_say_something() -> None:
 @pytest.mark.parametrize("file", files(), ids=module_of)
 def test_names_inside_say_something(file: Path) -> None:
     for node in ast.walk(tree(file)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name not in GIVEN_NAMES:
             words = {w.lower() for w in re.findall(r"[A-Z]?[a-z]+", node.name)}
             assert not words & FORBIDDEN_WORDS, f"{node.name} (line {node.lineno})"
 

@@ -56,8 +56,6 @@ def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _sources_and_overrides(args: Sequence[str], verb: str) -> tuple[list[str], list[Any]]:
-    from axolotl.cli.overrides import parse_overrides
-
     sources, flags = split_arguments(args)
     if not sources:
         raise ConfigError(
@@ -67,6 +65,8 @@ def _sources_and_overrides(args: Sequence[str], verb: str) -> tuple[list[str], l
                 "missing",
             )
         )
+    from axolotl.cli.overrides import parse_overrides
+
     return sources, parse_overrides(flags)
 
 
@@ -122,20 +122,22 @@ def cli() -> None:
 def train(args: tuple[str, ...]) -> None:
     """Train, after preparing the data where that has not been done."""
     cfg = _load(args, "train")
-    from axolotl import run
+    from axolotl.run import train as verb
 
-    run.train(cfg)
+    verb.train(cfg)
 
 
 @cli.command(context_settings=PASS_ON)
 @click.option("--debug", is_flag=True, help="Show rows as the model will see them, with what is trained marked.")
+@click.option("--debug-text-only", is_flag=True, help="The same, without token ids.")
+@click.option("--report", is_flag=True, help="Write a page about the dataset: lengths, losses of rows, samples.")
 @takes_config
-def preprocess(args: tuple[str, ...], debug: bool) -> None:
+def preprocess(args: tuple[str, ...], **options: bool) -> None:
     """Tokenize the datasets and save them, so that training starts at once."""
     cfg = _load(args, "preprocess")
-    from axolotl import run
+    from axolotl.run import preprocess as verb
 
-    run.preprocess(cfg, debug=debug)
+    verb.preprocess(cfg, **options)
 
 
 @cli.command(context_settings=PASS_ON)
@@ -145,9 +147,9 @@ def preprocess(args: tuple[str, ...], debug: bool) -> None:
 def evaluate(args: tuple[str, ...], lora_model_dir: str | None) -> None:
     """Loss and perplexity of the trained model on the test set."""
     cfg = _load(_with_key(args, "--lora-model-dir", lora_model_dir), "evaluate")
-    from axolotl import run
+    from axolotl.run import evaluate as verb
 
-    run.evaluate(cfg)
+    verb.evaluate(cfg)
 
 
 @cli.command(context_settings=PASS_ON)
@@ -169,9 +171,9 @@ def inference(
     """Ask the model: one prompt, many rows, or a conversation."""
     args = _with_key(_with_key(args, "--lora-model-dir", lora_model_dir), "--base-model", base_model)
     cfg = _load(args, "inference")
-    from axolotl import run
+    from axolotl.run import inference as verb
 
-    run.inference(cfg, **options)
+    verb.inference(cfg, **options)
 
 
 @cli.command("merge-lora", context_settings=PASS_ON)
@@ -181,9 +183,9 @@ def inference(
 def merge_lora(args: tuple[str, ...], lora_model_dir: str | None, output: Path | None) -> None:
     """Write base model and adapter as one model."""
     cfg = _load(_with_key(args, "--lora-model-dir", lora_model_dir), "merge-lora")
-    from axolotl import run
+    from axolotl.run import merge as verb
 
-    run.merge(cfg, destination=output)
+    verb.merge(cfg, destination=output)
 
 
 @cli.command()
@@ -210,9 +212,9 @@ def check(ctx: click.Context, args: tuple[str, ...], config_only: bool, as_json:
         cfg = _load(args, "check")
         if config_only:
             return cfg.warnings
-        from axolotl import run
+        from axolotl.run.check import check as run_check
 
-        return run.check(cfg)
+        return run_check(cfg)
 
     ctx.exit(report_check(find, as_json=as_json))
 

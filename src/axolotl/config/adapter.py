@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from axolotl.config.section import (
     Block,
@@ -31,6 +31,15 @@ class Peft(Block):
 
     loftq_config: LoftQ | None = None
     """Start values that make up for the error of quantisation."""
+
+
+class Mora(Block):
+    """Square matrices instead of low-rank pairs."""
+
+    use_mora: bool = True
+    """Turn it on."""
+    mora_type: int | Text | None = None
+    """How inputs are compressed to the square matrix."""
 
 
 class AdapterSection(Section):
@@ -108,7 +117,5 @@ class AdapterSection(Section):
     """Steps after which other layers are drawn."""
     lisa_layers_attribute: Text = later("LISA", "model.layers")
     """Where the model keeps its layers."""
-    use_mora: bool = later("MoRA", False)
-    """Use square matrices instead of low-rank pairs (MoRA)."""
-    mora: dict[str, Any] | None = later("MoRA")
-    """Options of MoRA."""
+    mora: Mora | None = later("MoRA")
+    """Square matrices instead of low-rank pairs (MoRA)."""

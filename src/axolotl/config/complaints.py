@@ -8,15 +8,22 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
-from axolotl.config.keys import SYNONYMS, blocks_in, did_you_mean, nearest, nested, owners
+from axolotl.config.examples import example
+from axolotl.config.keys import SYNONYMS, block_at, did_you_mean, field_at, nearest, nested, owners
 from axolotl.config.renames import OLD_KEYS
-from axolotl.config.section import Block, members
+from axolotl.config.section import members
 from axolotl.config.yaml_file import Document, Path, Spot, dotted
 from axolotl.errors import Kind, Problem
 
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
+
+# What people who write this value usually want.
+HINTS = {
+    "resume_from_checkpoint": "Name the checkpoint's folder; `auto_resume_from_checkpoints: true` takes the newest one.",
+    "datasets": "Write a list, one entry per dataset: `- path: ...` and `type: ...` below it.",
+    "test_datasets": "Write a list, one entry per dataset: `- path: ...` and `type: ...` below it.",
+}
 
 
 def expected(annotation: Any, metadata: Iterable[Any] = ()) -> str:
@@ -70,38 +77,6 @@ def _limits(metadata: Iterable[Any]) -> str:
     return f" of {low.ge} or more" if low is not None else f" of {high} or less"
 
 
-def _field(model: type[BaseModel], path: Path) -> tuple[Any, tuple[Any, ...]] | None:
-    """Annotation and limits of the value at a path below a model; None inside free mappings."""
-    field: FieldInfo | None = model.model_fields.get(str(path[0]))
-    if field is None:
-        return None
-    annotation, metadata = field.annotation, tuple(field.metadata)
-    for index, part in enumerate(path[1:], 1):
-        inner = [b for b in blocks_in(annotation) if not isinstance(part, int) and part in b.model_fields]
-        if inner:
-            return _field(inner[0], path[index:])
-        items = [k for k in members(annotation) if get_origin(k) in (list, dict)]
-        if not items:
-            return None
-        annotation, metadata = get_args(items[0])[-1], ()
-    return annotation, metadata
-
-
-def block_at(model: type[BaseModel], path: Path) -> type[Block] | None:
-    """The block whose keys stand at a path, such as DatasetEntry at datasets[0]."""
-    found: type[BaseModel] | None = model
-    annotation: Any = None
-    for part in path:
-        if isinstance(part, int):
-            continue
-        if found is None or part not in found.model_fields:
-            return None
-        annotation = found.model_fields[part].annotation
-        blocks = blocks_in(annotation)
-        found = blocks[0] if blocks else None
-    return found if found is not None and issubclass(found, Block) else None
-
-
 def show(value: Any) -> str:
     """A value as the user wrote it, cut short."""
     text = {None: "null", True: "true", False: "false"}.get(value) if isinstance(value, bool | None) else None
@@ -114,6 +89,8 @@ class Complaints:
 
     def __init__(self, document: Document, spot_excerpt: Any) -> None:
         self.document, self.excerpt = document, spot_excerpt
+        # Looking for the nearest key takes milliseconds; a file of garbage would take minutes.
+        self.guesses = 40
 
     def spot(self, path: Path) -> Spot | None:
         while path:
@@ -177,24 +154,29 @@ class Complaints:
             got = "a mapping" if isinstance(value, dict) else "a list"
         else:
             got = f"`{got}`"
-        known = _field(model, path)
+        known = field_at(model, path)
         takes = expected(*known) if known else "another value"
         remedy = ""
         if known and isinstance(value, str):
             choices = [str(a) for k in members(known[0]) if get_origin(k) is Literal for a in get_args(k)]
             remedy = did_you_mean(nearest(value, choices))
-        if path[0] in ("datasets", "test_datasets") and len(path) == 1:
-            remedy = "Write a list, one entry per dataset: `- path: ...` and `type: ...` below it."
-        remedy = remedy or f"Write {takes}."
+        if path[0] in HINTS and len(path) == 1:
+            remedy = HINTS[str(path[0])]
+        shown = example(model, path)
+        remedy = remedy or f"Write {takes}" + (f", such as `{path[-1]}: {shown}`." if shown else ".")
         return self.problem("invalid_value", f"`{dotted(path)}` is {got}; it takes {takes}.", remedy, path)
 
     def unknown(self, path: Path, block: type[BaseModel] | None = None) -> Problem:
         """A key that does not exist where it stands: the nearest that does, or where it belongs."""
+        self.guesses -= 1
+        if self.guesses < 0:
+            at = f"a key of `{dotted(path[:-1])}`" if block else "a known key"
+            return self.problem("unknown_key", f"`{path[-1]}` is not {at}.", "Delete it.", path, at_key=True)
         word, where = str(path[-1]), dotted(path[:-1])
         inside = list(block.model_fields) if block else []
         top = owners()
         homes = [n for n in nested() if n.key == word]
-        parent = "".join(f"[]" if isinstance(p, int) else f".{p}" for p in path[:-1]).lstrip(".")  # noqa: F541
+        parent = "".join("[]" if isinstance(p, int) else f".{p}" for p in path[:-1]).lstrip(".")
         remedy = ""
         if block is not None:
             near = nearest(word, inside)

@@ -7,7 +7,9 @@ import functools
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
 
 from axolotl.config.adapter import AdapterSection
 from axolotl.config.data import DataSection
@@ -20,6 +22,7 @@ from axolotl.config.output import OutputSection
 from axolotl.config.section import Block, Section, members
 from axolotl.config.tracking import TrackingSection
 from axolotl.config.train import TrainSection
+from axolotl.config.yaml_file import Path as KeyPath
 
 SECTIONS: MappingProxyType[str, type[Section]] = MappingProxyType(
     {
@@ -112,6 +115,44 @@ def blocks_in(annotation: object) -> list[type[Block]]:
     return found
 
 
+def field_at(model: type[BaseModel], path: KeyPath) -> tuple[Any, tuple[Any, ...]] | None:
+    """Annotation and limits of the value at a path below a model; None for a key that is not one of ours."""
+    field = model.model_fields.get(str(path[0]))
+    if field is None:
+        return None
+    annotation, metadata = field.annotation, tuple(field.metadata)
+    for index, part in enumerate(path[1:], 1):
+        inner = [b for b in blocks_in(annotation) if not isinstance(part, int) and part in b.model_fields]
+        if inner:
+            return field_at(inner[0], path[index:])
+        items = [k for k in members(annotation) if get_origin(k) in (list, dict)]
+        if not items:
+            return None
+        annotation, metadata = get_args(items[0])[-1], ()
+    return annotation, metadata
+
+
+def block_at(model: type[BaseModel], path: KeyPath) -> type[Block] | None:
+    """The block whose keys stand at a path, such as DatasetEntry at datasets[0]."""
+    found: type[BaseModel] | None = model
+    annotation: Any = None
+    for part in path:
+        if isinstance(part, int):
+            continue
+        if found is None or part not in found.model_fields:
+            return None
+        annotation = found.model_fields[part].annotation
+        blocks = blocks_in(annotation)
+        found = blocks[0] if blocks else None
+    return found if found is not None and issubclass(found, Block) else None
+
+
+def kinds_at(path: KeyPath) -> list[Any]:
+    """The types that the value at a path of the flat config can have; empty for an unknown key."""
+    known = field_at(owner(str(path[0])), path) if path[0] in owners() else None
+    return [kind for kind in members(known[0]) if kind is not type(None)] if known else []
+
+
 @dataclass(frozen=True, slots=True)
 class Nested:
     """A key inside a block: `datasets[].path` is key `path` of block DatasetEntry within `datasets[]`."""
@@ -149,7 +190,7 @@ def nested() -> tuple[Nested, ...]:
 
 def distance(a: str, b: str, limit: int) -> int:
     """Edits (insert, delete, replace, swap of neighbours) from one word to the other; limit + 1 where it is more."""
-    if abs(len(a) - len(b)) > limit:
+    if abs(len(a) - len(b)) > limit or len(set(a) ^ set(b)) > 2 * limit:
         return limit + 1
     two: list[int] = []
     one = list(range(len(b) + 1))
@@ -179,7 +220,7 @@ def nearest(word: str, known: Iterable[str], taken: Collection[str] = ()) -> lis
         return sorted(fresh, key=lambda each: (each[:1] != lowered[:1], abs(len(each) - len(lowered)), each))[
             :3
         ]
-    return difflib.get_close_matches(lowered, known, n=1, cutoff=0.75)
+    return difflib.get_close_matches(lowered, known, n=1, cutoff=0.7)
 
 
 def did_you_mean(words: Collection[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ from pydantic import BaseModel, ValidationError
 
 from axolotl.config.complaints import Complaints
 from axolotl.config.config import Config, sections_from
-from axolotl.config.fetch import read_source
 from axolotl.config.keys import SECTIONS, blocks_in, owner, owners
+from axolotl.config.merge import Merged, Overrides, Source, override_parts
 from axolotl.config.renames import Renaming, is_off
 from axolotl.config.rules import broken_rules
 from axolotl.config.section import Section, default_of, facts
-from axolotl.config.yaml_file import Document, Spot, dotted, excerpt, parse_value, undotted
 from axolotl.config.yaml_file import Path as KeyPath
+from axolotl.config.yaml_file import dotted, undotted
 from axolotl.errors import ConfigError, Place, Problem
 
 # Keys in which `${NAME}` stands for an environment variable: paths, names and tracking, never templates or code.
@@ -28,151 +28,17 @@ _ENVIRONMENT = re.compile(
     r"|swanlab)_\w+|(test_|pretraining_)?datasets?\[\d+\]\.(path|name|split|revision|data_files(\[\d+\])?))$"
 )
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+# Text for a tracker that people also write as true.
+_SWITCHES = {"wandb_log_model", "wandb_watch"}
 _EMPTY_COUNTS = {"default_system_message", "chat_template_jinja"}
 
-Source = str | Path
-Overrides = Mapping[str, Any] | Sequence[Any]
 
-
-class Loading:
-    """One load in progress: the merged document, the layer that each key came from, and the problems so far."""
+class Loading(Merged):
+    """One load in progress: from the merged document to validated sections."""
 
     def __init__(self) -> None:
-        self.document = Document("")
-        self.layers: dict[str, int] = {}
-        self.lines: dict[str, list[str]] = {}
-        self.problems: list[Problem] = []
-        self.sources: list[Path] = []
-        self.bad: set[str] = set()
-
-    def excerpt(self, place: Place) -> str:
-        return excerpt(self.lines.get(place.file, []), place)
-
-    def add(self, problem: Problem) -> None:
-        """Notes a problem, with its excerpt where it has none."""
-        if not problem.excerpt and problem.places:
-            problem = Problem(
-                problem.message,
-                problem.remedy,
-                problem.kind,
-                problem.keys,
-                problem.places,
-                self.excerpt(problem.places[0]),
-            )
-        self.problems.append(problem)
-        if problem.fatal:
-            self.bad.update(str(undotted(k)[0]) for k in problem.keys)
-
-    # Reading
-
-    def read(self, source: Source, layer: int) -> None:
-        """Merges one file over what was read before."""
-        try:
-            document = read_source(source)
-        except ConfigError as error:
-            self.problems += error.problems
-            return
-        self.sources.append(Path(document.name))
-        self.lines[document.name] = document.lines
-        for problem in document.problems:
-            self.add(problem)
-        for key, value in document.values.items():
-            self.put((key,), value, document.spots, layer)
-
-    def put(self, path: KeyPath, value: Any, spots: Mapping[KeyPath, Spot], layer: int) -> None:
-        """Sets a value: mappings merge key by key, anything else replaces what was there."""
-        here: Any = self.document.values
-        for part in path[:-1]:
-            here = here[part]
-        old = here.get(path[-1]) if isinstance(here, dict) else None
-        self.layers[str(path[0])] = layer
-        if isinstance(old, dict) and isinstance(value, dict):
-            if path in spots:
-                self.document.spots[path] = spots[path]
-            for key, inner in value.items():
-                self.put((*path, key), inner, spots, layer)
-            return
-        for each in [p for p in self.document.spots if p[: len(path)] == path]:
-            del self.document.spots[each]
-        for each, spot in spots.items():
-            if each[: len(path)] == path:
-                self.document.spots[each] = spot
-        here[path[-1]] = value
-
-    def override(self, key: str, text: Any, flag: str, layer: int) -> None:
-        """Applies `--key text` as it was typed (or a Python value from a mapping of overrides)."""
-        place = Place(flag)
-        path = tuple(p.replace("-", "_") if isinstance(p, str) else p for p in undotted(key))
-        try:
-            value = parse_value(text, flag) if isinstance(text, str) else text
-        except ConfigError as error:
-            why = error.problems[0].message
-            return self.add(
-                Problem(
-                    f"The value of `{flag}` cannot be read: {why}",
-                    "Quote it.",
-                    "syntax",
-                    (dotted(path),),
-                    (place,),
-                )
-            )
-        spots: dict[KeyPath, Spot] = {}
-
-        def note(at: KeyPath, each: Any) -> None:
-            written = text if isinstance(text, str) and at == path else None
-            spots[at] = Spot(place, place, written if not isinstance(each, dict | list) else None)
-            items = (
-                each.items() if isinstance(each, dict) else enumerate(each) if isinstance(each, list) else ()
-            )
-            for name, inner in items:
-                note((*at, name), inner)
-
-        note(path, value)
-        here: Any = self.document.values
-        for index, part in enumerate(path[:-1]):
-            following: Any = [] if isinstance(path[index + 1], int) else {}
-            if isinstance(here, list):
-                if not isinstance(part, int) or part > len(here):
-                    return self.add(self.misplaced(flag, path[: index + 1], len(here)))
-                if part == len(here):
-                    here.append(following)
-                here = here[part]
-            elif isinstance(here, dict):
-                if here.get(part) is None:
-                    here[part] = following
-                    self.document.spots.setdefault(path[: index + 1], Spot(place, place))
-                here = here[part]
-            if not isinstance(here, dict | list):
-                at = dotted(path[: index + 1])
-                return self.add(
-                    Problem(
-                        f"`{flag}` reaches into `{at}`, which is not a mapping or list.",
-                        f"Set `{at}` as a whole.",
-                        "invalid_value",
-                        (at,),
-                        (place,),
-                    )
-                )
-        if isinstance(here, list):
-            last = path[-1]
-            if not isinstance(last, int) or last > len(here):
-                return self.add(self.misplaced(flag, path, len(here)))
-            if last == len(here):
-                here.append(None)
-        self.put(path, value, spots, layer)
-        return None
-
-    @staticmethod
-    def misplaced(flag: str, path: KeyPath, length: int) -> Problem:
-        return Problem(
-            f"`{flag}` names an item that is not there: `{dotted(path[:-1])}` has {length} items.",
-            "Items are counted from 0.",
-            "invalid_value",
-            (dotted(path[:-1]),),
-            (Place(flag),),
-        )
-
-    # Values
+        super().__init__()
+        self.complaints = Complaints(self.document, self.excerpt)
 
     def expand(self) -> None:
         """Replaces `${NAME}` in keys that hold paths and names."""
@@ -195,7 +61,7 @@ class Loading:
         if name in os.environ or fallback is not None:
             return os.environ.get(name) or fallback or ""
         self.add(
-            Complaints(self.document, self.excerpt).problem(
+            self.complaints.problem(
                 "invalid_value",
                 f"`{dotted(path)}` names the environment variable `{name}`, which is not set.",
                 f"Set it, or write a fallback: `${{{name}:-fallback}}`.",
@@ -206,11 +72,10 @@ class Loading:
 
     def known_keys(self) -> dict[str, Any]:
         """The values of known keys that are set; unknown keys become problems."""
-        complaints = Complaints(self.document, self.excerpt)
         values: dict[str, Any] = {}
         for key, value in self.document.values.items():
             if key not in owners():
-                problem = complaints.unknown((key,))
+                problem = self.complaints.unknown((key,))
                 if value is None:
                     problem = Problem(
                         problem.message + " It is empty, so nothing is lost.",
@@ -242,9 +107,8 @@ class Loading:
         field, said = model.model_fields[key], facts(model, key)
         off = is_off(value) or (value == 0 and not isinstance(value, str)) or value == default_of(model, key)
         if said.get("state") == "unavailable" and not off:
-            complaints = Complaints(self.document, self.excerpt)
             self.add(
-                complaints.problem(
+                self.complaints.problem(
                     "unavailable",
                     f"`{dotted(path)}` belongs to {said['feature']}, which is not available yet.",
                     "Delete the line to train without it.",
@@ -262,12 +126,9 @@ class Loading:
                     found = self.not_built(block, (*at, inner), each) or found
         return found
 
-    # Sections
-
     def sections(self, values: dict[str, Any]) -> dict[str, Section]:
         """Every section, validated. A section with errors is built from its other keys."""
         built: dict[str, Section] = {}
-        complaints = Complaints(self.document, self.excerpt)
         for name, mine in sections_from(values):
             kind = SECTIONS[name]
             while True:
@@ -280,7 +141,7 @@ class Loading:
                 except ValidationError as error:
                     if self.as_text(mine, error):
                         continue
-                    problems = list(complaints.translate(kind, mine, error))
+                    problems = list(self.complaints.translate(kind, mine, error))
                     for problem in problems:
                         self.add(problem)
                     wrong = {str(undotted(p.keys[0])[0]) for p in problems}
@@ -298,32 +159,28 @@ class Loading:
             for part in path[:-1]:
                 here = here[part]
             value = here[path[-1]]
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            if isinstance(value, int | float) and (not isinstance(value, bool) or path[0] in _SWITCHES):
                 spot = self.document.spots.get(path)
                 here[path[-1]] = spot.written if spot and spot.written is not None else str(value)
                 changed = True
         return changed
 
 
-def _overrides(overrides: Overrides | None) -> Iterable[tuple[str, Any, str]]:
-    """Key, value, and how the user wrote it."""
-    if isinstance(overrides, Mapping):
-        for key, value in overrides.items():
-            yield key, value, f"override of {key}"
-        return
-    for each in overrides or ():
-        key, text, *flag = each
-        yield key, text, flag[0] if flag else "--" + str(key).replace("_", "-")
+Check = Callable[[Config], Iterable[Problem]]
 
 
 def load_config(
-    sources: Source | Sequence[Source], overrides: Overrides | None = None, *, verb: str = "train"
+    sources: Source | Sequence[Source],
+    overrides: Overrides | None = None,
+    *,
+    verb: str = "train",
+    checks: Sequence[Check] = (),
 ) -> Config:
     """Reads one or several config files (merged left to right) and overrides into a validated Config.
 
     `sources` are paths, https:// addresses, or hf://owner/repo/file.yml. `overrides` are (key, YAML text) pairs as the
     command line has them, or a mapping of keys to Python values. `verb` is the command that will use the config:
-    inference and merging need no datasets. Opens nothing but the config files.
+    inference and merging need no datasets. `checks` are asked for further problems. Opens nothing but the config files.
 
     Raises ConfigError with every problem found, each with its place.
     """
@@ -333,12 +190,15 @@ def load_config(
         loading.read(source, layer)
     if loading.problems and not loading.sources:
         raise ConfigError(loading.problems)
-    for layer, (key, text, flag) in enumerate(_overrides(overrides)):
-        loading.override(key, text, flag, len(many) + layer)
-    return _finish(loading, verb)
+    for layer, (key, text, flag, fault) in enumerate(override_parts(overrides)):
+        if fault:
+            loading.add(Problem(fault, "Write `--key value`.", "syntax", (key,), (Place(flag),)))
+        else:
+            loading.override(key, text, flag, len(many) + layer)
+    return _finish(loading, verb, checks)
 
 
-def _finish(loading: Loading, verb: str) -> Config:
+def _finish(loading: Loading, verb: str, checks: Sequence[Check]) -> Config:
     for problem in Renaming(loading.document, loading.layers).run():
         loading.add(problem)
     loading.expand()
@@ -351,8 +211,10 @@ def _finish(loading: Loading, verb: str) -> Config:
         spots=loading.document.spots,
         lines=loading.lines,
     )
-    for problem in broken_rules(config, verb):
-        if problem.kind == "warning" or not loading.bad.intersection(problem.keys):
+    # A key whose value is wrong in itself says nothing about its neighbours.
+    wrong = frozenset(loading.bad)
+    for problem in [*broken_rules(config, verb), *(p for check in checks for p in check(config))]:
+        if not wrong.intersection(str(undotted(key)[0]) for key in problem.keys):
             loading.add(problem)
     order = sorted(loading.problems, key=lambda p: (not p.fatal, *_order(p)))
     if any(p.fatal for p in order):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator
 
 from axolotl.config.section import (
     Block,
@@ -15,6 +17,11 @@ from axolotl.config.section import (
     later,
     required,
 )
+
+
+def _auto(value: Any) -> Any:
+    # bf16 decides; `auto` here means the same as leaving it out.
+    return None if value == "auto" else value
 
 
 class SpecialTokens(Block):
@@ -172,7 +179,7 @@ class ModelSection(Section):
     # Precision
     bf16: Literal["auto", "full"] | bool = "auto"
     """Train in bfloat16; `auto` does so where the hardware can."""
-    fp16: bool | None = None
+    fp16: Annotated[bool | None, BeforeValidator(_auto)] = None
     """Train in float16 with loss scaling."""
     fp8: bool = later("fp8 training", False)
     """Do the matrix products in 8-bit floats."""

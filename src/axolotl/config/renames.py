@@ -5,6 +5,7 @@ Each table maps an old key. Keys renamed quietly are spellings that people still
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from axolotl.config.yaml_file import Document, Path, Spot, dotted
@@ -28,6 +29,7 @@ RENAMED = {
     "sequence_parallel_degree": "context_parallel_size",
     "liger_swiglu": "liger_glu_activation",
     "flash_attn_cross_entropy_loss": "flash_attn_cross_entropy",
+    "push_to_hub_model_id": "hub_model_id",
     "relora_steps": "jagged_restart_steps",
     "relora_warmup_steps": "jagged_restart_warmup_steps",
     "relora_anneal_steps": "jagged_restart_anneal_steps",
@@ -67,6 +69,8 @@ REMOVED = {
     "unsloth_rms_norm": "These patches were dropped. Set `liger_rms_norm: true` instead.",
     "unsloth_rope": "These patches were dropped. Set `liger_rope: true` instead.",
     "bnb_4bit_use_double_quant": "Write it under `bnb_config_kwargs:`.",
+    "bnb_4bit_quant_type": "Write it under `bnb_config_kwargs:`.",
+    "bnb_4bit_compute_dtype": "Write it under `bnb_config_kwargs:`.",
     "peft_adapter": "Adapters of this kind were dropped. Use `adapter: lora`.",
     "landmark_attention": "Landmark attention was dropped. Delete the line.",
     "xpos_rope": "This rotary embedding was dropped. Delete the line.",
@@ -80,12 +84,17 @@ LEFTOVER = {
     "gptq_disable_exllama": "the GPTQ weights say so themselves",
     "torchdistx_path": "this package is gone",
     "flash_attn_fuse_qkv": "attention is fused where a kernel fits",
+    "data_seed": "`seed` decides the order of the data too",
+    "base_model_ignore_patterns": "only the weights that are needed are downloaded",
     "debug": "use the flag `--debug` of `axolotl preprocess`",
     "is_preprocess": "the command decides that",
     "preprocess_iterable": "`streaming` decides that",
     "axolotl_config_path": "the command line decides that",
     "lr_div_factor": "the schedule's own factor is used; set it in `lr_scheduler_kwargs`",
 }
+
+# Values that are called otherwise today.
+VALUES = {"chat_template": ("inst", "mistral_v1")}
 
 # Old sub-keys of fsdp_config.
 FSDP_LEFTOVER = (
@@ -178,6 +187,12 @@ class Renaming:
                 "Delete the line.",
                 ("save_safetensors",),
             )
+        for key, (old_value, value) in VALUES.items():
+            if self.values.get(key) == old_value:
+                self.values[key] = value
+                self.warn(
+                    (key,), f"`{old_value}` is called `{value}` today.", f"Write `{key}: {value}` instead."
+                )
         self.gc_steps()
         self.gradient_checkpointing()
         self.fsdp()
@@ -206,13 +221,9 @@ class Renaming:
                 continue
             if new in chosen:
                 earlier = chosen[new]
-                if self.layers.get(earlier, 0) == self.layers.get(old, 0):
-                    self.tell(
-                        "conflict",
-                        f"`{earlier}` and `{old}` cannot both be true.",
-                        f"Keep one of them, or write `{new}:`.",
-                        (earlier,),
-                        (old,),
+                if self.layers.get(earlier, 0) >= self.layers.get(old, 0):
+                    self.warn(
+                        (old,), f"has no effect beside `{earlier}`.", f"Write `{new}:` instead of both."
                     )
                     continue
             if self.move(old, new, value):
@@ -222,18 +233,20 @@ class Renaming:
         steps = self.values.pop("gc_steps", None)
         if steps is not None:
             for new in ("torch_empty_cache_steps", "gc_collect_steps"):
-                if new not in self.values and not (new == "torch_empty_cache_steps" and steps == -1):
+                if self.values.get(new) is None and not (new == "torch_empty_cache_steps" and steps == -1):
                     self.move("gc_steps", new, steps)
             self.warn(("gc_steps",), "is two keys today: `torch_empty_cache_steps` and `gc_collect_steps`.")
 
     def gradient_checkpointing(self) -> None:
-        """`offload` and `offload_disk` are what activation_offloading does."""
+        """`offload`, `offload_disk` and `unsloth` are what activation_offloading does."""
         way = self.values.get("gradient_checkpointing")
-        if way in ("offload", "offload_disk"):
+        if way in ("offload", "offload_disk", "unsloth"):
             self.values["gradient_checkpointing"] = True
-            if "activation_offloading" not in self.values:
+            if self.values.get("activation_offloading") is None:
                 self.move(
-                    "gradient_checkpointing", "activation_offloading", True if way == "offload" else "disk"
+                    "gradient_checkpointing",
+                    "activation_offloading",
+                    "disk" if way == "offload_disk" else True,
                 )
             self.warn(
                 ("gradient_checkpointing",),
@@ -344,7 +357,7 @@ class Renaming:
                 entry.setdefault("split", split)
                 self.warn((*at, "train_on_split"), "is called `split` today.", "Write `split:` instead.")
         kind = entry.get("type")
-        if isinstance(kind, str) and kind.split(":")[0].split(".")[0] == "sharegpt":
+        if isinstance(kind, str) and re.match(r"sharegpt(_\w+)?([.:].*)?$", kind):
             self.tell(
                 "removed",
                 f"`type: {kind}` is gone: `chat_template` reads such data.",

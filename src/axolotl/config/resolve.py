@@ -89,8 +89,8 @@ def _batch(cfg: Config, hardware: Hardware) -> list[Resolution]:
 
 def _data(cfg: Config, hardware: Hardware) -> list[Resolution]:
     data, found = cfg.data, []
-    if data.eval_sample_packing is None and data.sample_packing:
-        found.append(Resolution("eval_sample_packing", True, "follows sample_packing"))
+    if data.eval_sample_packing is None:
+        found.append(Resolution("eval_sample_packing", data.sample_packing, "follows sample_packing"))
     if data.pad_to_sequence_len is None and data.sample_packing:
         found.append(Resolution("pad_to_sequence_len", True, "packed rows of one length keep memory steady"))
     if data.eval_sequence_len is None:
@@ -107,7 +107,7 @@ def _data(cfg: Config, hardware: Hardware) -> list[Resolution]:
         )
     if data.dataset_num_proc is None:
         processes = max(1, min(hardware.cpus, MAX_PROCESSES))
-        found.append(Resolution("dataset_num_proc", processes, f"{hardware.cpus} CPUs"))
+        found.append(Resolution("dataset_num_proc", processes, "one for each CPU"))
     if data.chat_template is None and data.chat_template_jinja:
         found.append(Resolution("chat_template", "jinja", "chat_template_jinja is set"))
     return found

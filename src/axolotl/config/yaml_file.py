@@ -211,7 +211,7 @@ def _compose(text: str, name: str, lines: list[str]) -> _Node | None:
                         f"The tag `{tag}` has no place in a config.", "Delete the tag.", place(event), lines
                     )
                 if kind == "ScalarEvent":
-                    plain = bool(event.implicit[0]) and event.style is None
+                    plain = bool(event.implicit[0]) and not event.style
                     if tag is not None:
                         plain = tag[18:] not in ("str", "") and tag != "!"
                     node = _Node("scalar", mark.line, mark.column, event.value, plain)

@@ -9,20 +9,27 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl.data.formats import formats
-from axolotl.data.shards import disk_errors_told
+from axolotl.data.shards import disk_errors_told, write_whole
+from axolotl.data.sources import FileSource, Source
+from axolotl.errors import EnvironmentProblem
 
 if TYPE_CHECKING:
-    from axolotl.config.data import DatasetEntry, DataSection
+    from axolotl.config.data import DataSection, DatasetEntry
 
 FORMAT_VERSION = 1
 """Raised whenever the same config and data would be prepared differently than before."""
 MANIFEST = "manifest.json"
 DEFAULT_FOLDER = "last_run_prepared"
+
+_LARGE = 1 << 25
+"""Bytes from which a file's hash is remembered."""
+_SETTLED_NS = 5_000_000_000
 
 _NOT_IN_KEY = frozenset(
     {
@@ -103,9 +110,50 @@ def code_parts(entry: DatasetEntry) -> dict[str, str]:
     return parts
 
 
+def content_digests(source: Source, root: Path) -> dict[str, str]:
+    """The content hash of each file of a source, by its name.
+
+    Large files that have not been touched since they were last hashed are not read again: size, inode and both time
+    stamps are the same, and the stamps were old enough at that time to tell a later write apart.
+    """
+    if not isinstance(source, FileSource):
+        return source.fingerprint_parts()
+    store = root / "contents.json"
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(store.read_text(encoding="utf-8"))
+    found: dict[str, str] = {}
+    learnt = False
+    for reader in source.readers:
+        try:
+            stat = reader.path.stat()
+        except OSError:  # the reader tells what is wrong
+            found[reader.label] = reader.fingerprint()
+            continue
+        path = str(reader.path.resolve())
+        stamp = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+        before = known.get(path)
+        if before and before[:4] == stamp:
+            found[reader.label] = before[4]
+            continue
+        found[reader.label] = reader.fingerprint()
+        settled = time.time_ns() - max(stamp[2:]) > _SETTLED_NS
+        if stat.st_size >= _LARGE and settled:
+            known[path] = [*stamp, found[reader.label]]
+            learnt = True
+    if learnt:
+        with contextlib.suppress(OSError):  # it only saves time
+            root.mkdir(parents=True, exist_ok=True)
+            write_whole(store, json.dumps(known))
+    return found
+
+
 def template_parts(data: DataSection) -> dict[str, str]:
     """The content of the files that `chat_template_jinja` names."""
-    written = [data.chat_template_jinja, *(e.chat_template_jinja for e in (*data.datasets, *data.test_datasets))]
+    written = [
+        data.chat_template_jinja,
+        *(e.chat_template_jinja for e in (*data.datasets, *data.test_datasets)),
+    ]
     files = dict.fromkeys(w for w in written if w and len(w) < 4096 and "\n" not in w and "{" not in w)
     return {f"the content of {f}": digest(Path(f).read_bytes()) for f in files if Path(f).is_file()}
 
@@ -170,6 +218,13 @@ def preparing(root: Path, name: str, on_wait: Callable[[], None]) -> Iterator[Pa
     it stays behind.
     """
     partial = root / f"{name}.partial"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"the folder `{root}` for prepared data cannot be made: {error.strerror}.",
+            "Set `dataset_prepared_path` to a folder that you can write to.",
+        ) from error
     with disk_errors_told(root):
         handle = _lock(partial, on_wait)
     try:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from axolotl.data.encode import Encoded, Encoder, steering_tokens
+from axolotl.data.formats.messages import trained_roles
 from axolotl.data.mask import StopRule, Turn, When, labels_of, locate_turns, trained_ranges
 from axolotl.data.templates import ChatTemplate, Trace, load_template
 from axolotl.data.types import Conversation, Message, Rendered, RowProblem
@@ -16,15 +17,6 @@ from axolotl.errors import Problem
 if TYPE_CHECKING:
     from axolotl.config.data import DataSection, DatasetEntry
 
-DEFAULT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
 _CONTROL_LIKE = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]|\[\|[a-z]+\|\]")
 
 
@@ -71,9 +63,7 @@ class ChatRenderer:
         self.template = choose_template(tokenizer, data, entry)
         self.variables = template_variables(tokenizer, data)
         self.train_on_inputs = bool(data.train_on_inputs)
-        roles = {s: target for target, names in (entry.roles or {}).items() for s in names} or DEFAULT_ROLES
-        wanted = entry.roles_to_train if entry.roles_to_train is not None else ["assistant"]
-        self.roles_to_train = {roles.get(r, r) for r in wanted}
+        self.roles_to_train = trained_roles(entry)
         on_eos: When = entry.train_on_eos or "turn"
         on_eot: When = entry.train_on_eot or on_eos
         self.notes: Counter[str] = Counter()

@@ -27,7 +27,12 @@ class Damage:
         return len(self.problems) >= MOST
 
     def add(
-        self, line: int | None, what: str, text: str, remedy: str = "Correct or remove the line.", column: int | None = None
+        self,
+        line: int | None,
+        what: str,
+        text: str,
+        remedy: str = "Correct or remove the line.",
+        column: int | None = None,
     ) -> None:
         """A bad line; `text` is the line itself, of which the part around `column` (from 1) is shown."""
         shown = excerpt(text.rstrip("\r\n"), column) if text else ""
@@ -44,7 +49,13 @@ class Damage:
                 error.pos >= len(error.doc.rstrip()) or error.msg.startswith(("Unterminated", "Expecting"))
             )
             if cut_off:
-                self.add(line, "the last line is cut off", error.doc, "The file is incomplete: get it again.", error.colno)
+                self.add(
+                    line,
+                    "the last line is cut off",
+                    error.doc,
+                    "The file is incomplete: get it again.",
+                    error.colno,
+                )
             else:
                 self.add(line, f"not valid JSON: {error.msg}", error.doc, column=error.colno)
         else:
@@ -74,7 +85,9 @@ class Damage:
         if self.problems:
             problems = self.problems
             if self.full:
-                last = Problem(f"only the first {MOST} bad lines of `{self.label}` are shown.", kind="warning")
+                last = Problem(
+                    f"only the first {MOST} bad lines of `{self.label}` are shown.", kind="warning"
+                )
                 problems = [*problems, last]
             raise DataError(problems)
 
@@ -101,7 +114,11 @@ def excerpt(text: str, column: int | None) -> str:
 def damaged(label: str, error: Exception) -> DataError:
     """The error of a file that cannot be read to its end."""
     if isinstance(error, PermissionError):
-        return DataError(Problem(f"`{label}` may not be read: permission denied.", "Give yourself read permission.", "path"))
+        return DataError(
+            Problem(
+                f"`{label}` may not be read: permission denied.", "Give yourself read permission.", "path"
+            )
+        )
     if isinstance(error, FileNotFoundError):
         return DataError(Problem(f"`{label}` is not there any more.", kind="path"))
     said = " ".join(str(error).split()) or type(error).__name__

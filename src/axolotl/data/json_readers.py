@@ -42,8 +42,10 @@ class JsonLinesReader(LinesReader):
             else:
                 if type(row) is not dict:
                     damage.add_not_object(row, number)
-                elif b"\\ud" in raw.lower() and not _encodable(row):
-                    damage.add(number, "half of a surrogate pair stands alone in a text (`\\ud8..`)", raw.decode())
+                elif (b"\\ud" in raw or b"\\uD" in raw) and not _encodable(row):
+                    damage.add(
+                        number, "half of a surrogate pair stands alone in a text (`\\ud8..`)", raw.decode()
+                    )
                 elif not damage:
                     yield number, row
             offset += len(raw)
@@ -116,7 +118,11 @@ class JsonReader(LinesReader):
             whole = json.loads(content)
         except json.JSONDecodeError as error:
             begun = content.rfind("\n", 0, error.pos) + 1
-            what = "the file is cut off" if error.pos >= len(content.rstrip()) else f"not valid JSON: {error.msg}"
+            what = (
+                "the file is cut off"
+                if error.pos >= len(content.rstrip())
+                else f"not valid JSON: {error.msg}"
+            )
             damage.add(error.lineno, what, content[begun:].split("\n", 1)[0], column=error.colno)
         except RecursionError as error:
             damage.add(1, f"not readable: {error}", "")
@@ -149,7 +155,9 @@ class JsonReader(LinesReader):
                 row, end = decode(text.buffer, at)
             except json.JSONDecodeError as error:
                 # The value may merely go on behind what was read so far.
-                open_end = error.pos > len(text.buffer) - 64 or error.msg.startswith(("Unterminated", "Invalid \\"))
+                open_end = error.pos > len(text.buffer) - 64 or error.msg.startswith(
+                    ("Unterminated", "Invalid \\")
+                )
                 if open_end and text.grow():
                     continue
                 self._broken(text, error, open_end, damage)
@@ -168,7 +176,9 @@ class JsonReader(LinesReader):
             if text.buffer.startswith("]", at):
                 break
             if not text.buffer.startswith(",", at):
-                missing = "the file is cut off" if at >= len(text.buffer) else "a comma or `]` is expected here"
+                missing = (
+                    "the file is cut off" if at >= len(text.buffer) else "a comma or `]` is expected here"
+                )
                 damage.add(text.line(at), missing, "")
                 break
             at += 1
@@ -177,10 +187,14 @@ class JsonReader(LinesReader):
     def _broken(self, text: _Text, error: json.JSONDecodeError, open_end: bool, damage: Damage) -> None:
         begun = text.buffer.rfind("\n", 0, error.pos) + 1
         if open_end and not text.buffer.rstrip().endswith("]"):
-            damage.add(text.line(error.pos), "the file is cut off", "", "The file is incomplete: get it again.")
+            damage.add(
+                text.line(error.pos), "the file is cut off", "", "The file is incomplete: get it again."
+            )
         else:
             shown = text.buffer[begun : error.pos + 60].split("\n")[0]
-            damage.add(text.line(error.pos), f"not valid JSON: {error.msg}", shown, column=error.pos - begun + 1)
+            damage.add(
+                text.line(error.pos), f"not valid JSON: {error.msg}", shown, column=error.pos - begun + 1
+            )
 
 
 class _Text:
@@ -204,7 +218,9 @@ class _Text:
                 begun = whole.rfind(b"\n", 0, error.start) + 1
                 line = self.line(len(self.buffer)) + sum(p.count("\n") for p in parts[1:])
                 line += whole.count(b"\n", 0, error.start)
-                inside = UnicodeDecodeError("utf-8", whole[begun:], error.start - begun, error.end - begun, error.reason)
+                inside = UnicodeDecodeError(
+                    "utf-8", whole[begun:], error.start - begun, error.end - begun, error.reason
+                )
                 self.damage.add_encoding(whole[begun:], line, self.offset - len(pending) + begun, inside)
                 self.damage.raise_any()
                 raise

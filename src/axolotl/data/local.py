@@ -107,57 +107,73 @@ def _check_type(entry: DatasetEntry, place: Place) -> None:
         near = difflib.get_close_matches(entry.ds_type.lower(), TYPES, n=1)
         hint = f"Did you mean `{near[0]}`? " if near else ""
         raise ConfigError(
-            Problem(f"`{entry.ds_type}` is not a known `ds_type`.", f"{hint}Known: {', '.join(TYPES)}.", places=(place,))
+            Problem(
+                f"`{entry.ds_type}` is not a known `ds_type`.",
+                f"{hint}Known: {', '.join(TYPES)}.",
+                places=(place,),
+            )
         )
 
 
 def _files(entry: DatasetEntry, root: Path, place: Place, split: str, split_is_set: bool) -> list[Path]:
     if entry.data_files is not None:
         base = root if root.is_dir() else root.parent if root.is_file() else Path()
-        return _data_files(entry, base, place, split)
-    if root.is_dir():
+        named = entry.data_files
+        if isinstance(named, dict):
+            return _patterns(_of_split(named, split, split_is_set, place), base, place)
+        found = _patterns([named] if isinstance(named, str) else named, base, place)
+    elif root.is_dir():
         return _folder(entry, root, place, split, split_is_set)
-    if not root.exists() and glob.has_magic(str(root)):
-        found = sorted(Path(f) for f in glob.glob(str(root), recursive=True))
-        found = [f for f in found if f.is_file()]
+    elif root.exists():
+        found = [root]
+    elif glob.has_magic(str(root)):
+        found = _matches(str(root))
         if not found:
             raise DataError(_missing(root, place, f"no file matches `{root}`."))
-        return found
-    if not root.exists():
+    else:
         raise DataError(_missing(root, place))
-    if split != "train" and not _is_of_split(root.name, split):
+    if not split_is_set or split == "train":
+        return found
+    chosen = [f for f in found if _is_of_split(f.name, split)]
+    if not chosen:
+        what = f"`{root}` is one file and has" if found == [root] else "the files named here have"
         raise ConfigError(
             Problem(
-                f"`{root}` is one file and has no split `{split}`.",
+                f"{what} no split `{split}`.",
                 "Remove `split`, or write `train`, with a slice if you want a part: `train[:10%]`.",
                 places=(place,),
             )
         )
-    return [root]
+    return chosen
 
 
-def _data_files(entry: DatasetEntry, base: Path, place: Place, split: str) -> list[Path]:
-    named = entry.data_files
-    if isinstance(named, dict):
-        if split not in named:
-            raise ConfigError(
-                Problem(
-                    f"`data_files` names no files for the split `{split}`.",
-                    f"It names: {', '.join(named)}. Set `split`.",
-                    places=(place,),
-                )
+def _of_split(named: dict[str, str | list[str]], split: str, split_is_set: bool, place: Place) -> list[str]:
+    """The files that a mapping of splits names for one of them."""
+    if split not in named and not split_is_set:
+        split = "train"
+    if split not in named:
+        raise ConfigError(
+            Problem(
+                f"`data_files` names no files for the split `{split}`.",
+                f"It names: {', '.join(named)}. Set `split`.",
+                places=(place,),
             )
-        named = named[split]
-    patterns = [named] if isinstance(named, str) else list(named or ())
+        )
+    files = named[split]
+    return [files] if isinstance(files, str) else files
+
+
+def _matches(pattern: str) -> list[Path]:
+    return [f for f in sorted(map(Path, glob.glob(pattern, recursive=True))) if f.is_file()]
+
+
+def _patterns(patterns: list[str], base: Path, place: Place) -> list[Path]:
+    """The files that names and patterns stand for, counted from a folder. Raises DataError for all that match none."""
     found: list[Path] = []
     problems: list[Problem] = []
     for pattern in patterns:
         file = base / Path(pattern).expanduser()
-        if file.is_file():
-            found.append(file)
-            continue
-        matches = sorted(Path(m) for m in glob.glob(str(file), recursive=True))
-        matches = [m for m in matches if m.is_file()]
+        matches = [file] if file.is_file() else _matches(str(file))
         if not matches:
             problems.append(_missing(file, place))
         found += matches
@@ -197,7 +213,9 @@ def _folder(entry: DatasetEntry, root: Path, place: Place, split: str, split_is_
                 places=(place,),
             )
         )
-    splits = {name: [f for f in known if _is_of_split(str(f.relative_to(root)), name)] for name in _SPLIT_WORDS}
+    splits = {
+        name: [f for f in known if _is_of_split(str(f.relative_to(root)), name)] for name in _SPLIT_WORDS
+    }
     labelled = {f for files in splits.values() for f in files}
     splits["train"] = [f for f in known if f in splits["train"] or f not in labelled]
     if split not in splits and (root / split).is_dir():
@@ -217,7 +235,9 @@ def _is_of_split(name: str, split: str) -> bool:
 
 def _no_split(root: Path, split: str, have: list[str], place: Place) -> ConfigError:
     return ConfigError(
-        Problem(f"`{root}` has no split `{split}`.", f"It has: {', '.join(have)}. Set `split`.", places=(place,))
+        Problem(
+            f"`{root}` has no split `{split}`.", f"It has: {', '.join(have)}. Set `split`.", places=(place,)
+        )
     )
 
 
@@ -232,6 +252,8 @@ def _missing(path: Path, place: Place, message: str | None = None) -> Problem:
         names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
         near = near or [n for n in names if type_of(Path(n)) is not None][:3]
-        remedy = f"Did you mean {' or '.join(f'`{folder / n}`' for n in near)}?" if near else "Correct the path."
+        remedy = (
+            f"Did you mean {' or '.join(f'`{folder / n}`' for n in near)}?" if near else "Correct the path."
+        )
     relative = "" if path.is_absolute() else f" Paths count from the current folder, {Path.cwd()}."
     return Problem(message or f"`{path}` does not exist.", remedy + relative, "path", places=(place,))

@@ -25,7 +25,9 @@ class Mixture(NamedTuple):
     held_out: np.ndarray  # int64, what val_set_size keeps for evaluation
 
 
-def mix(datasets: np.ndarray, data: DataSection, seed: int, weights: Sequence[float] | None = None) -> Mixture:
+def mix(
+    datasets: np.ndarray, data: DataSection, seed: int, weights: Sequence[float] | None = None
+) -> Mixture:
     """Orders and splits rows; `datasets` (int, K) names the dataset of each saved row, and is not decreasing.
 
     The held-out rows are the tail of the merged order. A dataset of weight w appears w times in the training rows:

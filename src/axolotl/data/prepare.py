@@ -39,7 +39,7 @@ from axolotl.data.shards import (
     write_whole,
 )
 from axolotl.data.sources import Source
-from axolotl.data.tasks import Task, fingerprint_parts, open_tasks
+from axolotl.data.tasks import CONTENT, Task, fingerprint_parts, open_tasks
 from axolotl.data.work import Row, RowFailure
 from axolotl.data.workers import Engine, worker_count
 from axolotl.errors import DataError, Place, Problem
@@ -68,10 +68,10 @@ def prepare(
     Raises DataError for data that cannot be used (up to 20 rows are named), ConfigError for options that do not fit it,
     and EnvironmentProblem for a disk that is full; nothing is then left that looks finished.
     """
-    tasks = open_tasks(data, tokenizer, places or (lambda key: Place(key)))
-    parts = fingerprint_parts(data, tokenizer, tasks)
-    name = cache.fingerprint(parts)
     root = Path(data.dataset_prepared_path or cache.DEFAULT_FOLDER)
+    tasks = open_tasks(data, tokenizer, places or (lambda key: Place(key)), seed)
+    parts = fingerprint_parts(data, tokenizer, tasks, seed, root)
+    name = cache.fingerprint(parts)
     final = root / name
     manifest = cache.read_manifest(final)
     reused = manifest is not None
@@ -79,13 +79,17 @@ def prepare(
         why = cache.explain_miss(root, name, parts)
         if why:
             note(f"preparing again: {why}")
-        with cache.preparing(root, name, lambda: note("another process prepares this data; waiting for it")) as partial:
+        with cache.preparing(
+            root, name, lambda: note("another process prepares this data; waiting for it")
+        ) as partial:
             manifest = cache.read_manifest(final)
             if manifest is None:
                 if final.exists():
                     note(f"the prepared data in {final} is damaged; preparing it again")
                     cache.remove(final)
-                manifest = _prepare(data, tasks, parts, partial, workers or worker_count(data.dataset_num_proc))
+                manifest = _prepare(
+                    data, tasks, parts, partial, workers or worker_count(data.dataset_num_proc)
+                )
                 _finish(partial, final, manifest)
     summaries = tuple(DatasetSummary.from_dict(s) for s in manifest["datasets"])
     if reused:
@@ -118,6 +122,7 @@ def _prepare(
         summaries = [_summary(task) for task in tasks]
         try:
             _check_empty(tasks, summaries)
+            _check_unchanged(tasks, parts)
         except DataError:
             cache.remove(partial)
             raise
@@ -151,11 +156,16 @@ def _prepare_set(folder: Path, tasks: list[Task], engine: Engine, deduplicate: b
 
 
 def _prepare_dataset(
-    folder: Path, task: Task, engine: Engine, seen: SeenRows | None, totals: Counts, failures: list[RowFailure]
+    folder: Path,
+    task: Task,
+    engine: Engine,
+    seen: SeenRows | None,
+    totals: Counts,
+    failures: list[RowFailure],
 ) -> Counts:
     """Writes the remaining shards of one dataset. `totals`: what the set's folder holds before; returns it with these."""
     already = sum(p.counts.read for p in task.parts)
-    progress = Progress(f"preparing {task.name}", getattr(task.source, "rows", None), already)
+    progress = Progress(f"preparing {task.name}", lambda: task.source.rows, already)
     writer: PartWriter | None = None
 
     def close(last: bool) -> None:
@@ -177,13 +187,19 @@ def _prepare_dataset(
                 break
             if failures:  # nothing more is written: this data has to change first
                 continue
-            rows = result.rows if seen is None else drop_rows(result.rows, seen.add(result.rows.keys), Reason.DUPLICATE)
+            rows = (
+                result.rows
+                if seen is None
+                else drop_rows(result.rows, seen.add(result.rows.keys), Reason.DUPLICATE)
+            )
             writer = writer or new_writer()
             writer.add(rows)
             if writer.full:
                 close(last=False)
         if not failures:
             close(last=True)
+        if task.source.blank_lines:
+            note(f"{task.name}: {task.source.blank_lines:,} blank lines skipped")
     finally:
         if writer is not None:
             writer.abandon()
@@ -191,14 +207,10 @@ def _prepare_dataset(
     return totals
 
 
-def _chunks(source: Source, already: int) -> Iterator[list[Row]]:
-    """The rows of a source after the first `already`, in chunks."""
-    for batch in source.batches(CHUNK_ROWS):
-        if already >= len(batch):
-            already -= len(batch)
-            continue
-        yield batch[already:] if already else batch
-        already = 0
+def _chunks(source: Source, start: int) -> Iterator[list[Row]]:
+    """The rows of a source after the first `start`, in chunks; row ids as plain tuples, which travel quickly."""
+    for batch in source.batches(CHUNK_ROWS, start):
+        yield [((row_id.file, row_id.row), row) for row_id, row in batch]
 
 
 def _row_problem(failure: RowFailure) -> Problem:
@@ -234,6 +246,14 @@ def _check_empty(tasks: list[Task], summaries: list[DatasetSummary]) -> None:
         problems.append(Problem(message, _empty_remedy(c), kind="data", keys=(task.key,)))
     if problems:
         raise DataError(problems)
+
+
+def _check_unchanged(tasks: list[Task], parts: dict[str, str]) -> None:
+    """Raises DataError where a file is no longer what the key says: its rows may be of both states."""
+    for task in tasks:
+        for what, value in task.source.fingerprint_parts().items():
+            if parts.get(f"{CONTENT}{what}") != value:
+                raise DataError(f"`{what}` changed while it was read.", "Start again when it is complete.")
 
 
 def _empty_remedy(counts: Counts) -> str:

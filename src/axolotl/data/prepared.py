@@ -62,8 +62,15 @@ class Prepared:
         weights = [float(getattr(entry, "weight", None) or 1.0) for entry in self.data.datasets]
         mixture = mix(self.row_index()["dataset"], self.data, self.seed, weights)
         if not len(mixture.train):
-            raise DataError("no rows are left to train on.", "Look at `dataset_shard_num` and the weights of the datasets.")
+            raise DataError(
+                "no rows are left to train on.",
+                "Look at `dataset_shard_num` and the weights of the datasets.",
+            )
         return mixture
+
+    def saved(self, set_name: str = "train") -> Dataset:
+        """All saved rows of a set, in the order of their sources."""
+        return self._load(self.root / set_name)
 
     def train_lengths(self) -> np.ndarray:
         """Tokens of each row of `train_dataset()`, in its order."""

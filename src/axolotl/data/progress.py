@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import cached_property
 
 from axolotl.console import is_main_process, note, stderr
 
@@ -11,10 +13,14 @@ _LIVE_EVERY = 0.2
 
 
 class Progress:
-    """Counts rows against `total` (None where it is not known). Says nothing about work that is over at once."""
+    """Counts rows. `total` is asked for when there is something to say, and None where it is not known.
 
-    def __init__(self, what: str, total: int | None, already: int = 0) -> None:
-        self.what, self.total, self.done, self.already = what, total, already, already
+    Says nothing about work that is over at once.
+    """
+
+    def __init__(self, what: str, total: Callable[[], int | None], already: int = 0) -> None:
+        self.what, self.done, self.already = what, already, already
+        self._ask = total
         self.started = self.shown = time.monotonic()
         self._live = is_main_process() and stderr().is_terminal
         self._width = 0
@@ -30,6 +36,10 @@ class Progress:
             self._write(text)
         else:
             note(text)
+
+    @cached_property
+    def total(self) -> int | None:
+        return self._ask()
 
     def text(self, now: float) -> str:
         """`preparing data.jsonl: 12,000 of 100,000 rows, 6,100 rows/s, 14 s left`."""

@@ -181,7 +181,12 @@ class CsvReader(LinesReader):
             try:
                 values = next(table, None)
             except csv.Error as error:
-                damage.add(begun, f"not a row of a table: {error}", "", "Quote texts that hold quotes or line breaks.")
+                damage.add(
+                    begun,
+                    f"not a row of a table: {error}",
+                    "",
+                    "Quote texts that hold quotes or line breaks.",
+                )
                 break
             if values is None:
                 break
@@ -192,7 +197,9 @@ class CsvReader(LinesReader):
                 header = values
                 if len(set(header)) != len(header):
                     twice = next(h for h in header if header.count(h) > 1)
-                    damage.add(line, f"the column `{twice}` is there twice", "", "Give each column its own name.")
+                    damage.add(
+                        line, f"the column `{twice}` is there twice", "", "Give each column its own name."
+                    )
             elif len(values) != len(header):
                 damage.add(line, f"{len(values)} values, and the header names {len(header)} columns", "")
             elif start:

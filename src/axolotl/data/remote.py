@@ -92,7 +92,10 @@ def open_hub(
     unreachable: Exception | None = None
     revision = ""
     try:
-        revision = huggingface_hub.HfApi(token=token).dataset_info(path, revision=entry.revision, timeout=30).sha or ""
+        revision = (
+            huggingface_hub.HfApi(token=token).dataset_info(path, revision=entry.revision, timeout=30).sha
+            or ""
+        )
         options["revision"] = revision or entry.revision
     except Exception as error:
         if not _is_network(error):
@@ -121,7 +124,11 @@ def _only_split(entry: DatasetEntry, default: str, options: dict[str, Any], plac
     if len(have) == 1:
         return str(have[0])
     raise ConfigError(
-        Problem(f"`{entry.path}` has no split `{default}`.", f"Set `split` to one of: {', '.join(have)}.", places=(place,))
+        Problem(
+            f"`{entry.path}` has no split `{default}`.",
+            f"Set `split` to one of: {', '.join(have)}.",
+            places=(place,),
+        )
     )
 
 
@@ -147,17 +154,25 @@ def _told(error: Exception, entry: DatasetEntry, place: Place) -> DataError:
     said = " ".join(str(error).split())
     if _is_network(error):
         message = f"`{path}` is not a file or folder here, nor in the cache of Hub datasets, and the Hub is out of reach."
-        remedy = "Check the network connection, or correct `path`: local files are best written `./name.jsonl`."
+        remedy = (
+            "Check the network connection, or correct `path`: local files are best written `./name.jsonl`."
+        )
     elif "GatedRepoError" in names:
         message = f"the Hub dataset `{path}` is open to approved users only."
         remedy = "Ask for access on its page, log in with `hf auth login`, and set `hf_use_auth_token: true`."
     elif "RevisionNotFoundError" in names:
-        message, remedy = f"the Hub dataset `{path}` has no revision `{entry.revision}`.", "Correct `revision`."
+        message, remedy = (
+            f"the Hub dataset `{path}` has no revision `{entry.revision}`.",
+            "Correct `revision`.",
+        )
     elif names & {"RepositoryNotFoundError", "DatasetNotFoundError", "HFValidationError"}:
         message = f"`{path}` is neither a file or folder here nor a dataset on the Hub that you may read."
         remedy = "Correct `path`; for a private dataset, log in with `hf auth login` and set `hf_use_auth_token: true`."
     elif isinstance(error, ValueError):
-        message, remedy = f"the Hub dataset `{path}` cannot be opened so: {said}", "Correct `split`, `name` or `data_files`."
+        message, remedy = (
+            f"the Hub dataset `{path}` cannot be opened so: {said}",
+            "Correct `split`, `name` or `data_files`.",
+        )
     else:
         message, remedy = f"the Hub dataset `{path}` cannot be loaded: {type(error).__name__}: {said}", ""
     return DataError(Problem(message, remedy, "data", places=(place,)))
@@ -177,8 +192,6 @@ def fetch(url: str, data: DataSection, place: Place) -> Path:
         if scheme == "file":
             return Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path))
         return _copy(url)
-    except DataError:
-        raise
     except Exception as error:
         said = " ".join(str(error).split())
         if isinstance(error, FileNotFoundError):
@@ -237,7 +250,7 @@ def _download(url: str) -> Path:
                 shutil.copyfileobj(response, file, 1 << 20)
             got = (folder / name).stat().st_size
             if size is not None and got != int(size):
-                raise DataError(f"the download of `{url}` ended after {got} of {size} bytes.", "Try again.")
+                raise OSError(f"it ended after {got} of {size} bytes")
     return final / name
 
 

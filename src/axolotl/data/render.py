@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl.data.chat import ChatRenderer
 from axolotl.data.encode import Encoder
+from axolotl.data.formats.registry import formats
 from axolotl.data.mask import labels_of
 from axolotl.data.types import (
     IGNORE_INDEX,
@@ -19,7 +20,7 @@ from axolotl.data.types import (
     RowProblem,
     Tokenized,
 )
-from axolotl.errors import Problem
+from axolotl.errors import DataError, Problem
 
 if TYPE_CHECKING:
     from axolotl.config.data import DataSection, DatasetEntry
@@ -54,20 +55,32 @@ class Renderer:
         return self._chat
 
     def fingerprint_parts(self) -> dict[str, str]:
-        """What, besides the options, decides the result: the text of the template where one is used."""
-        return {"chat_template": self.chat.template.text} if self._uses_template() else {}
+        """What, besides the options, decides the result: the text of the template where one may be used."""
+        if not self._may_use_template():
+            return {}
+        try:
+            return {"chat_template": self.chat.template.text}
+        except DataError:
+            if self._is_chat():
+                raise
+            return {}  # the user's own format may well do without
 
-    def _uses_template(self) -> bool:
+    def _is_chat(self) -> bool:
+        """True where the rows are conversations whatever they hold."""
         kind = self.entry.type
-        return isinstance(kind, str) and kind.startswith("chat_template")
+        return isinstance(kind, str) and kind.split(".")[0].split(":")[0] in ("chat_template", "messages")
+
+    def _may_use_template(self) -> bool:
+        kind = self.entry.type
+        return self._is_chat() or (isinstance(kind, str) and not _is_built_in(kind))
 
     def problems(self) -> list[Problem]:
         """Mistakes and warnings that are known before any row is read."""
-        return self.chat.problems() if self._uses_template() else []
+        return self.chat.problems() if self._is_chat() else []
 
     def stop_tokens(self) -> list[str]:
         """The texts that end a turn of the assistant, for generation to stop at."""
-        if self._uses_template():
+        if self._is_chat():
             return self.chat.stop_tokens()
         return [self.tokenizer.eos_token] if self.tokenizer.eos_token else []
 
@@ -127,7 +140,7 @@ class Renderer:
         eos = self.encoder.eos_id
         ids = self.encoder.prefix + ids
         if eos is not None and ids[-1] != eos:
-            ids = ids + [eos]
+            ids = [*ids, eos]
         step = self.sequence_len
         return [Rendered(ids[a : a + step], ids[a : a + step]) for a in range(0, len(ids), step)]
 
@@ -140,8 +153,15 @@ class Renderer:
         if self.train_on_inputs:
             labels = list(ids)
         if ids and eos is not None and ids[-1] != eos:
-            ids, labels = ids + [eos], labels + [eos]
+            ids, labels = [*ids, eos], [*labels, eos]
         return Rendered(ids, labels)
+
+
+def _is_built_in(kind: str) -> bool:
+    """True for the formats of this package, of which only the chat formats give conversations."""
+    name = kind.partition(":")[0]
+    names = (name, name.rpartition(".")[0])
+    return any(n in formats and formats.describe(n).module.startswith(formats.folder) for n in names)
 
 
 def _pass_through(value: Tokenized) -> list[Rendered] | RowProblem:

@@ -132,7 +132,7 @@ class PartWriter:
         self.part = Part(dataset, number, {}, Counts())
         self.next_row, self.next_line = first_row, first_line
         schemas = (DATA_SCHEMA, LEDGER_SCHEMA, ROWS_SCHEMA)
-        self._files = [open(self._path(s), "wb") for s in _SUFFIXES]
+        self._files = [self._path(s).open("wb") for s in _SUFFIXES]
         # A dictionary may change from one batch to the next: the ledger is in the stream format for that reason.
         self._writers = [pa.ipc.new_stream(f, s) for f, s in zip(self._files, schemas, strict=True)]
 
@@ -158,7 +158,9 @@ class PartWriter:
             rows.keys,
         ]
         index.write_batch(
-            pa.RecordBatch.from_arrays([pa.array(c, f.type) for c, f in zip(columns, ROWS_SCHEMA)], schema=ROWS_SCHEMA)
+            pa.RecordBatch.from_arrays(
+                [pa.array(c, f.type) for c, f in zip(columns, ROWS_SCHEMA, strict=True)], schema=ROWS_SCHEMA
+            )
         )
         self.part.counts.add(rows.ledger)
         self.next_row += k
@@ -230,7 +232,7 @@ def arrange(folder: Path, stems: list[str], fingerprint: str) -> None:
             os.replace(folder / f"{stem}.arrow", folder / name)
     info = {"citation": "", "description": "", "features": _FEATURES, "homepage": "", "license": ""}
     write_whole(folder / "dataset_info.json", json.dumps(info, indent=2))
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": fingerprint[:16],
         "_format_columns": None,

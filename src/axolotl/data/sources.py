@@ -129,7 +129,7 @@ class FileSource(Source):
             for number, item in enumerate(self._from(0)):
                 if following is None:
                     return
-                if number == following:
+                while number == following:  # more than once, where slices overlap
                     following = next(wanted, None)
                     yield item
         else:
@@ -147,7 +147,9 @@ class FileSource(Source):
             start = 0
 
     def _empty(self, why: str) -> DataError:
-        files = ", ".join(f"`{r.label}`" for r in self.readers[:3]) + (", ..." if len(self.readers) > 3 else "")
+        files = ", ".join(f"`{r.label}`" for r in self.readers[:3]) + (
+            ", ..." if len(self.readers) > 3 else ""
+        )
         return DataError(
             Problem(
                 f"nothing can be read from `{self.label}`: {why}.",
@@ -222,7 +224,9 @@ def open_source(
     parts = parse_split(entry.split or default_split, place)
     path = entry.path
     if not path:
-        raise ConfigError(Problem("this dataset has no `path`.", "Say where it is.", "missing", places=(place,)))
+        raise ConfigError(
+            Problem("this dataset has no `path`.", "Say where it is.", "missing", places=(place,))
+        )
     # `datasets` takes seconds to import, and most runs read local files.
     if _URL.match(path):
         remote = importlib.import_module("axolotl.data.remote")
@@ -254,7 +258,12 @@ def _shard(entry: DatasetEntry, place: Place, seed: int) -> Shard | None:
     if entry.shards is None:
         if entry.shards_idx is not None:
             raise ConfigError(
-                Problem("`shards_idx` is set, and `shards` is not.", "Set both, or none.", "conflict", places=(place,))
+                Problem(
+                    "`shards_idx` is set, and `shards` is not.",
+                    "Set both, or none.",
+                    "conflict",
+                    places=(place,),
+                )
             )
         return None
     index = entry.shards_idx or 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl.console import show_problem
@@ -17,7 +18,10 @@ from axolotl.data.work import Job, TokenizerFacts
 from axolotl.errors import DataError, Place, Problem, UserError
 
 if TYPE_CHECKING:
-    from axolotl.config.data import DatasetEntry, DataSection
+    from axolotl.config.data import DataSection, DatasetEntry
+
+
+CONTENT = "the content of "
 
 
 @dataclass
@@ -40,7 +44,7 @@ class Task:
         return str(self.entry.path or self.key)
 
 
-def open_tasks(data: DataSection, tokenizer: Any, places: Callable[[str], Place]) -> list[Task]:
+def open_tasks(data: DataSection, tokenizer: Any, places: Callable[[str], Place], seed: int) -> list[Task]:
     """Opens every dataset and checks what can be known before its rows are read; all mistakes come together."""
     tasks: list[Task] = []
     problems: list[Problem] = []
@@ -48,10 +52,13 @@ def open_tasks(data: DataSection, tokenizer: Any, places: Callable[[str], Place]
     eval_len = data.eval_sequence_len or data.sequence_len
     eval_data = data.model_copy(update={"sequence_len": eval_len})
     entries = [(f"datasets[{i}]", "train", i, e, data) for i, e in enumerate(data.datasets)]
-    entries += [(f"test_datasets[{i}]", f"test_{i}", i, e, eval_data) for i, e in enumerate(data.test_datasets)]
+    entries += [
+        (f"test_datasets[{i}]", f"test_{i}", i, e, eval_data) for i, e in enumerate(data.test_datasets)
+    ]
     for key, set_name, number, entry, section in entries:
         try:
-            source = open_source(entry, section, places(key))
+            default = "train" if set_name == "train" else "test"
+            source = open_source(entry, section, places(key), default_split=default, seed=seed)
             columns = list(source.columns)
             format_ = resolve_format(entry, columns, section, places(f"{key}.type"))
             renderer = build_renderer(facts, section, entry)
@@ -73,11 +80,15 @@ def open_tasks(data: DataSection, tokenizer: Any, places: Callable[[str], Place]
     for problem in problems:
         show_problem(problem)
     if not tasks:
-        raise DataError("the config names no dataset.", "Add at least one entry under `datasets`.", places("datasets"))
+        raise DataError(
+            "the config names no dataset.", "Add at least one entry under `datasets`.", places("datasets")
+        )
     return tasks
 
 
-def fingerprint_parts(data: DataSection, tokenizer: Any, tasks: list[Task]) -> dict[str, str]:
+def fingerprint_parts(
+    data: DataSection, tokenizer: Any, tasks: list[Task], seed: int, root: Path
+) -> dict[str, str]:
     """All that decides the prepared rows, by the names that a user is told when one changes."""
     parts = {
         "the version of the preparation": str(cache.FORMAT_VERSION),
@@ -87,8 +98,10 @@ def fingerprint_parts(data: DataSection, tokenizer: Any, tasks: list[Task]) -> d
     }
     for task in tasks:
         parts |= cache.entry_parts(task.entry, task.key)
-        for what, value in task.source.fingerprint_parts().items():
-            parts[f"the content of {what}"] = value
+        for what, value in cache.content_digests(task.source, root).items():
+            parts[f"{CONTENT}{what}"] = value
+        if task.entry.shards:
+            parts["the seed"] = str(seed)
         for what, value in task.renderer.fingerprint_parts().items():
             parts[f"{what} of {task.key}"] = cache.digest(value)
         parts |= cache.code_parts(task.entry)

@@ -18,7 +18,7 @@ from axolotl.data.types import FormatValue, Rendered, RowProblem
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from axolotl.config.data import DatasetEntry, DataSection
+    from axolotl.config.data import DataSection, DatasetEntry
 
 Row = tuple[tuple[str, int], dict[str, Any]]
 """(file, row number) and the row."""
@@ -45,7 +45,8 @@ class TokenizerFacts:
     @classmethod
     def of(cls, tokenizer: Any) -> TokenizerFacts:
         names = cls.__dataclass_fields__
-        return cls(**{name: getattr(tokenizer, name, None) for name in names})
+        values: dict[str, Any] = {name: getattr(tokenizer, name, None) for name in names}
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class ChunkWorker:
                 ids.append(row_id)
             except RowProblem as problem:
                 failures.append(_failure(row_id, problem))
-            except Exception as error:  # noqa: BLE001 - a user's format may raise anything; the row is named with it
+            except Exception as error:
                 failures.append(_failure(row_id, _unexpected(f"the format `{format_.name}` failed", error)))
         rendered: list[Sequence[Rendered]] = []
         good: list[tuple[str, int]] = []
@@ -121,12 +122,12 @@ class ChunkWorker:
                 good.append(row_id)
         filtered, overlong = filter_rows(rendered, good, limits)
         for i in overlong:
-            file, row = good[i]
+            file, number = good[i]
             count = int(filtered.ledger.tokens[i])
             failures.append(
                 RowFailure(
                     file,
-                    row,
+                    number,
                     "longer than `sequence_len`",
                     f"{count:,} tokens, {limits.longest:,} fit",
                     "Raise `sequence_len`, or set `excess_length_strategy` to `drop` or `truncate`.",
@@ -140,12 +141,12 @@ def _render(renderer: Any, values: list[FormatValue]) -> list[list[Rendered] | R
         return []
     try:
         return list(renderer.render_batch(values))
-    except Exception:  # noqa: BLE001 - one by one, to find the row that it is about
+    except Exception:
         results: list[list[Rendered] | RowProblem] = []
         for value in values:
             try:
                 results += renderer.render_batch([value])
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 results.append(_unexpected("rendering failed", error))
         return results
 

@@ -58,7 +58,7 @@ def _serve(connection: Connection, payload: bytes) -> None:
                 worker = ChunkWorker(*pickle.loads(payload))
             number, job, rows = pickle.loads(task)
             answer: tuple[int, ChunkResult | str] = (number, worker.process(job, rows))
-        except Exception:  # noqa: BLE001 - told to the parent, which raises it
+        except Exception:
             answer = (-1, _traceback())
         try:
             connection.send_bytes(pickle.dumps(answer, protocol=5))

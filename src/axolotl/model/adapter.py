@@ -13,6 +13,7 @@ import peft
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
@@ -138,6 +139,9 @@ def build_config(model: PreTrainedModel, adapter: AdapterSection, new_tokens: Se
         targets = target_modules(model, adapter)
         if targets or not options.get("target_parameters"):
             options["target_modules"] = targets
+            if "feedforward_modules" in fields and isinstance(targets, list):
+                inner = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(model.config.model_type, [])
+                options["feedforward_modules"] = [t for t in targets if t in inner]
     _check_saved_modules(model, adapter)
     if new_tokens and "trainable_token_indices" in fields and "trainable_token_indices" not in options:
         rows = _rows_to_train(model, adapter, new_tokens)
@@ -317,8 +321,8 @@ def load_adapter(
     """
     folder = Path(directory)
     config = adapter_config(folder)
-    rows = rows_in_adapter(folder)
-    if rows is not None and rows > embedding_rows(model):
+    rows, _ = rows_in_adapter(folder)
+    if rows > embedding_rows(model):
         resize_embeddings(model, rows)
     check_adapter_fits(model, folder, config, allow_pickle=allow_pickle)
     config.inference_mode = not trainable

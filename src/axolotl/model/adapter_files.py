@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -145,3 +146,16 @@ def _embedding_mismatch(
             return [f"its vocabulary has {entry.shape[0]:,} rows, this model's {rows:,}"]
         return [f"`{path}` is {tuple(weight.shape)} here, {entry.shape} in the adapter"]
     return []
+
+
+def is_untrained(folder: Path) -> bool:
+    """Whether every LoRA matrix that starts at zero is still zero, so that the adapter changes nothing."""
+    file = folder / ADAPTER_WEIGHTS
+    if not file.is_file():
+        return False
+    names = list(read_header(file)[0])
+    trained = [n for n in names if not re.search(r"\.(lora_A|lora_embedding_A|lora_magnitude_vector)\b", n)]
+    if not trained or not any(".lora_" in n for n in names):
+        return False
+    with safe_open(str(file), framework="pt") as tensors:
+        return not any(bool(tensors.get_tensor(n).any()) for n in trained)

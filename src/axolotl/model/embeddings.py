@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -15,16 +16,26 @@ from axolotl.console import note
 from axolotl.errors import ModelError, Problem
 from axolotl.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_header, read_json
 
+if TYPE_CHECKING:
+    from axolotl.config.model import ModelSection
+
 
 def embedding_rows(model: PreTrainedModel) -> int:
     """Rows of the input embedding."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def rows_for(vocabulary: int, rows: int, *, to_32x: bool, shrink: bool) -> int:
-    """How many rows the embedding should have: as many as there are, more where tokens need them, fewer on request."""
-    wanted = -(-vocabulary // 32) * 32 if to_32x else vocabulary
-    return wanted if wanted > rows or shrink else rows
+def wanted_rows(model: ModelSection, vocabulary: int, rows: int, adapter_dir: Path | None = None) -> int:
+    """How many embedding rows a model of `rows` rows gets: as many as it has, more where tokens need them.
+
+    `shrink_embeddings` cuts surplus rows, `resize_token_embeddings_to_32x` rounds up. An adapter that was trained with
+    more rows than the tokenizer has tokens decides.
+    """
+    wanted = -(-vocabulary // 32) * 32 if model.resize_token_embeddings_to_32x else vocabulary
+    if adapter_dir is not None:
+        trained, exact = rows_in_adapter(adapter_dir)
+        wanted = trained if exact else max(wanted, trained)
+    return wanted if wanted > rows or model.shrink_embeddings else rows
 
 
 def resize_embeddings(model: PreTrainedModel, rows: int, *, random: bool = False) -> list[int]:
@@ -81,24 +92,23 @@ def fix_untrained_tokens(model: PreTrainedModel, ids: int | Iterable[int]) -> No
         weight[wanted] = mean_row(weight[keep])
 
 
-def rows_in_adapter(folder: Path) -> int | None:
-    """Embedding rows that an adapter was trained with, where its files tell; None where they do not.
+def rows_in_adapter(folder: Path) -> tuple[int, bool]:
+    """Embedding rows that an adapter was trained with, and whether that is exact or only the least possible number.
 
-    Whole embeddings in the adapter tell by their shape, single trained rows give at least the highest id.
+    Whole embeddings in the adapter tell by their shape; single trained rows give at least the highest id; (0, False)
+    where the files tell nothing.
     """
-    needed: int | None = None
-    weights = folder / ADAPTER_WEIGHTS
+    weights, config = folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG
+    exact = 0
     if weights.is_file():
         for name, entry in read_header(weights)[0].items():
-            stem = name.removesuffix(".weight")
+            stem = name.removesuffix(".weight").removesuffix(".base_layer")
             if name.endswith(".weight") and stem.endswith(("embed_tokens", "lm_head", ".wte", "embed_in", "embed_out")):
-                needed = max(needed or 0, entry.shape[0])
+                exact = max(exact, entry.shape[0])
             elif ".lora_embedding_A" in name:
-                needed = max(needed or 0, entry.shape[1])
-    config = folder / ADAPTER_CONFIG
-    if needed is None and config.is_file():
-        indices = read_json(config).get("trainable_token_indices") or []
-        lists = indices.values() if isinstance(indices, dict) else [indices]
-        highest = max((max(ids) for ids in lists if ids), default=None)
-        needed = None if highest is None else highest + 1
-    return needed
+                exact = max(exact, entry.shape[1])
+    if exact or not config.is_file():
+        return exact, bool(exact)
+    indices = read_json(config).get("trainable_token_indices") or []
+    lists = indices.values() if isinstance(indices, dict) else [indices]
+    return max((max(ids) + 1 for ids in lists if ids), default=0), False

@@ -20,8 +20,7 @@ from axolotl.model.embeddings import (
     embedding_rows,
     fix_untrained_tokens,
     resize_embeddings,
-    rows_for,
-    rows_in_adapter,
+    wanted_rows,
 )
 from axolotl.model.files import check_base_model, local_folder
 from axolotl.model.freeze import freeze_except
@@ -291,14 +290,7 @@ def _fit_vocabulary(
     training: bool,
     adapter_dir: Path | None,
 ) -> None:
-    rows = embedding_rows(loaded)
-    trained = rows_in_adapter(adapter_dir) if adapter_dir is not None else None
-    if trained is not None and trained >= len(tokenizer):
-        wanted = trained if trained > rows or model.shrink_embeddings else rows
-    else:
-        wanted = rows_for(
-            len(tokenizer), rows, to_32x=model.resize_token_embeddings_to_32x, shrink=model.shrink_embeddings
-        )
+    wanted = wanted_rows(model, len(tokenizer), embedding_rows(loaded), adapter_dir)
     # Weights that are trained and saved as a whole may start as the key says; rows under an adapter have to come out
     # the same wherever it is loaded.
     whole = training and adapter.adapter is None

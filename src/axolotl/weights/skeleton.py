@@ -7,8 +7,9 @@ can merge layer by layer is therefore merged exactly as PEFT does it, with memor
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,13 @@ from axolotl.model.files import ADAPTER_WEIGHTS
 # Kinds whose layers merge on their own; the others go through PEFT with the whole model in memory.
 _LAYERWISE = frozenset({"LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "HRA", "VERA", "TRAINABLE_TOKENS", "BOFT"})
 # Starts of LoRA that also change the base weights, which loading has to repeat.
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "loftq")
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")
 NAME = "default"
 
+ReadTensor = Callable[[str], torch.Tensor | None]
+"""Gives the base model's tensor of that name (float32, its own memory), or None where the base has none."""
+Computed = tuple[dict[str, torch.Tensor], float | None]
+"""Merged tensors by name and, where it was asked for, how far they are from base and adapter."""
 
 
 def _placeholder(shape: torch.Size) -> nn.Parameter:
@@ -46,24 +51,23 @@ def is_placeholder(parameter: nn.Parameter) -> bool:
     return getattr(parameter, "is_placeholder", False)
 
 
-ReadTensor = Callable[[str], torch.Tensor | None]
-"""Gives the base model's tensor of that name (float32), or None where the base has none."""
-
-
 class NotLayerwiseError(Exception):
     """The adapter cannot be merged layer by layer; the text says why."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One module that the adapter changes: the names of its tensors, and how to compute them."""
+    """One module that the adapter changes: the names of its tensors, and how to compute them.
+
+    `compute(read, dtypes, check)` gives the merged tensors in the number types asked for and, where `check` asks for
+    it and the module allows it, how far they are from base and adapter: the largest difference of outputs, relative to
+    the largest output.
+    """
 
     names: tuple[str, ...]
-    compute: Callable[[ReadTensor], dict[str, torch.Tensor]]
+    compute: Callable[[ReadTensor, Mapping[str, torch.dtype], bool], Computed]
     tied_to_input: bool = False
     """An output head that takes all its changes from the input embedding."""
-    check: Callable[[ReadTensor], float] | None = None
-    """The largest difference that merging makes to the module's output, relative to that output."""
 
 
 def why_not_layerwise(config: PeftConfig) -> str | None:
@@ -83,12 +87,20 @@ class Skeleton:
     """Architecture with placeholder weights, and a trained adapter on it. `rows`: of the embeddings."""
 
     def __init__(self, config: PretrainedConfig, peft_config: PeftConfig, folder: Path, rows: int) -> None:
+        config = copy.deepcopy(config)
         config.get_text_config().vocab_size = rows
         with torch.device("meta"):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         self._empty_weights()
-        self.tensor_names = frozenset(self.model.state_dict())
-        self.tied = self._tied_head()
+        self.shapes = {n: tuple(t.shape) for n, t in self.model.state_dict().items()}
+        modules = {id(m): f"{n}.weight" for n, m in self.model.named_modules()}
+        first, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        self.input_name = modules[id(first)]
+        self.output_name = None if head is None else modules[id(head)]
+        self.tied = head is not None and head.weight is first.weight
+        self.linear_names = frozenset(
+            f"{n}.weight" for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and m is not head
+        )
         check_adapter_fits(self.model, folder, peft_config)
         peft_config.inference_mode = True
         with warnings.catch_warnings(record=True) as said:
@@ -114,14 +126,6 @@ class Skeleton:
                     made[id(parameter)] = _placeholder(parameter.shape)
                 module._parameters[name] = made[id(parameter)]
 
-    def _tied_head(self) -> tuple[str, str] | None:
-        """Names of input embedding and output head, where they are one tensor."""
-        first, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        if head is None or head.weight is not first.weight:
-            return None
-        names = {id(m): n for n, m in self.model.named_modules()}
-        return f"{names[id(first)]}.weight", f"{names[id(head)]}.weight"
-
     def _refuse_not_finite(self, folder: Path) -> None:
         for name, parameter in self.peft_model.named_parameters():
             if is_placeholder(parameter) or parameter.is_meta:
@@ -134,6 +138,17 @@ class Skeleton:
 
     def changes(self) -> Iterator[Change]:
         """Everything that the adapter changes. Raises NotLayerwiseError for a module that PEFT merges differently."""
+        done: set[str] = set()
+        for change in self._changed_modules():
+            done.update(change.names)
+            yield change
+        for name, parameter in self.model.named_parameters():
+            plain = name.replace(".base_layer", "")
+            if plain in self.shapes and plain not in done and not is_placeholder(parameter) and not parameter.is_meta:
+                # the adapter's file holds it whole, as it does the embeddings of a larger vocabulary
+                yield given({plain: parameter.data})
+
+    def _changed_modules(self) -> Iterator[Change]:
         inside: list[str] = []
         for name, module in self.model.named_modules():
             if any(name.startswith(f"{parent}.") for parent in inside) and not isinstance(module, ParamWrapper):
@@ -154,20 +169,12 @@ class Skeleton:
                 else:
                     own = tuple(n for n, _ in module.get_base_layer().named_parameters(recurse=False))
                     yield self._merge(name, module, own)
-        yield from self._saved_beside()
-
-    def _saved_beside(self) -> Iterator[Change]:
-        """Base weights that the adapter's file holds whole, such as embeddings of a larger vocabulary."""
-        for name, parameter in self.model.named_parameters():
-            plain = name.replace(".base_layer", "")
-            if plain in self.tensor_names and not is_placeholder(parameter) and not parameter.is_meta:
-                value = parameter.data
-                yield Change((plain,), lambda _, n=plain, v=value: {n: v})
 
     def _merge(self, path: str, layer: Any, names: tuple[str, ...], tied: bool = False) -> Change:
         full = tuple(f"{path}.{n}" for n in names)
+        checkable = isinstance(layer.get_base_layer(), (nn.Linear, nn.Embedding)) and not isinstance(layer, ParamWrapper)
 
-        def fill(read: ReadTensor) -> Any:
+        def compute(read: ReadTensor, dtypes: Mapping[str, torch.dtype], check: bool) -> Computed:
             base = layer.get_base_layer()
             for short, name in zip(names, full, strict=True):
                 present = base._parameters[short]
@@ -175,40 +182,36 @@ class Skeleton:
                 if value is None:
                     raise NotLayerwiseError(f"the base model's files have no tensor `{name}`")
                 base._parameters[short] = nn.Parameter(value, requires_grad=False)
-            return base
-
-        def empty(base: Any) -> dict[str, torch.Tensor]:
-            result = {}
+            difference = None
+            with torch.no_grad():
+                inputs = _inputs_for(base) if check and checkable else None
+                before = layer(inputs) if inputs is not None else None
+                layer.merge(safe_merge=False, adapter_names=[NAME])
+                result = {
+                    name: base._parameters[short].data.to(dtypes[name])
+                    for short, name in zip(names, full, strict=True)
+                }
+                if before is not None:
+                    for short, name in zip(names, full, strict=True):
+                        base._parameters[short] = nn.Parameter(result[name].float(), requires_grad=False)
+                    after = base(inputs)
+                    difference = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
             for short, name in zip(names, full, strict=True):
-                result[name] = base._parameters[short].data
                 base._parameters[short] = _placeholder(result[name].shape)
             layer.merged_adapters.clear()
             getattr(layer, "_caches", {}).clear()
-            return result
+            return result, difference
 
-        def compute(read: ReadTensor) -> dict[str, torch.Tensor]:
-            base = fill(read)
-            with torch.no_grad():
-                layer.merge(safe_merge=False, adapter_names=[NAME])
-            return empty(base)
-
-        def check(read: ReadTensor) -> float:
-            base = fill(read)
-            inputs = _inputs_for(base)
-            with torch.no_grad():
-                before = layer(inputs)
-                layer.merge(safe_merge=False, adapter_names=[NAME])
-                after = layer(inputs)
-            empty(base)
-            return float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
-
-        checkable = isinstance(layer.get_base_layer(), (nn.Linear, nn.Embedding)) and not isinstance(layer, ParamWrapper)
-        return Change(full, compute, tied, check if checkable else None)
+        return Change(full, compute, tied)
 
 
 def _replacement(name: str, module: ModulesToSaveWrapper) -> Change:
-    values = {f"{name}.{k}": v for k, v in module.modules_to_save[NAME].state_dict().items()}
-    return Change(tuple(values), lambda _: values)
+    return given({f"{name}.{k}": v for k, v in module.modules_to_save[NAME].state_dict().items()})
+
+
+def given(values: Mapping[str, torch.Tensor]) -> Change:
+    """A change to tensors that are there already."""
+    return Change(tuple(values), lambda _, dtypes, __: ({n: v.to(dtypes[n]) for n, v in values.items()}, None))
 
 
 def _inputs_for(base: nn.Module) -> torch.Tensor:
@@ -223,4 +226,5 @@ def resized(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     """An embedding cut or grown to `rows`; new rows are the mean of the old ones, as in training."""
     if rows <= tensor.shape[0]:
         return tensor[:rows]
-    return torch.cat([tensor, mean_row(tensor).expand(rows - tensor.shape[0], -1)])
+    fresh = mean_row(tensor).expand(rows - tensor.shape[0], *tensor.shape[1:])
+    return torch.cat([tensor, fresh])

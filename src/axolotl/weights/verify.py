@@ -8,15 +8,32 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+from axolotl.console import note
+from axolotl.model.adapter import load_adapter
+from axolotl.model.embeddings import resize_embeddings
+from axolotl.weights.stream import Written
 
 # Logits that differ by less than one step of bfloat16 are a tie.
 _BF16_STEP = 2.0**-7
 MAX_DIFFERENCE_FP32 = 1e-4
 MAX_KL = 1e-3
 MIN_ARGMAX = 0.99
+MAX_LAYER = {"float32": 1e-4}
+_MAX_LAYER_HALF = 2e-2
+# A comparison of whole models on the CPU is a matter of minutes beyond this many bytes of weights.
+_PATIENCE_BYTES = 4 * 10**9
+_SAMPLE = (
+    "The quick brown fox jumps over the lazy dog. Pack my box with five dozen liquor jugs.",
+    "def add(a: int, b: int) -> int:\n    return a + b\n\nprint(add(2, 3))",
+    "Question: What is the capital of France?\nAnswer: Paris is the capital of France.",
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +63,111 @@ class Verification:
             f"{self.pair}: max |Δlogit| {self.max_difference:.2e}, KL {max(self.kl, 0.0):.2e}, same top token "
             f"{100 * self.argmax:.2f} % of {self.tokens} tokens"
         )
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """The merged layer that is farthest from base layer and adapter: difference relative to its largest output."""
+
+    layer: str
+    difference: float
+    dtype: str
+    binding: bool = True
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= MAX_LAYER.get(self.dtype, _MAX_LAYER_HALF)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+    def __str__(self) -> str:
+        return f"layer by layer: relative difference at most {self.difference:.2e}, in `{self.layer}`"
+
+
+Check = Verification | LayerCheck
+
+
+@dataclass(frozen=True)
+class Models:
+    """Where the models to compare are, and how many embedding rows they have."""
+
+    base: Path
+    config: PretrainedConfig
+    adapter: Path
+    merged: Path
+    rows: int
+    trust_remote_code: bool = False
+
+    def adapted(self, rounding: Callable[[torch.Tensor], torch.Tensor] | None) -> Any:
+        """Base and adapter, in float32; `rounding` is what quantised loading does to linear layers."""
+        model = self._load(self.base, config=self.config)
+        resize_embeddings(model, self.rows)
+        if rounding is not None:
+            head = model.get_output_embeddings()
+            for module in model.modules():
+                if isinstance(module, nn.Linear) and module is not head:
+                    module.weight.data = rounding(module.weight.data)
+        return load_adapter(model, self.adapter, allow_pickle=self.trust_remote_code)
+
+    def merged_model(self) -> Any:
+        """The merged model, its weights raised to float32, so that nothing but the merge is compared."""
+        return self._load(self.merged)
+
+    def _load(self, folder: Path, **options: Any) -> Any:
+        if self.trust_remote_code:
+            options["trust_remote_code"] = True
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+
+
+def default_rows(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Rows for a comparison where the user's own are not at hand."""
+    return [list(tokenizer.encode(text)) for text in _SAMPLE]
+
+
+def verify_merge(
+    models: Models,
+    written: Written,
+    rows: Sequence[Sequence[int]],
+    way: str,
+    onto_quantized: bool,
+    rounding: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> list[Check]:
+    """Compares the merged model with base and adapter: by logits on `rows`, or layer by layer where memory is short.
+
+    `way`: "logits", "layers", or "auto". `rounding` is what quantised training did to the base (None: nothing); then
+    both bases are compared, and only the one that was merged into binds.
+    """
+    if way == "layers" or (way == "auto" and not _fits(written)):
+        return [LayerCheck(*written.worst_layer, written.dtype)] if written.worst_layer else []
+    rows = [list(r)[:128] for r in rows if len(r) > 1][:4]
+    if not rows:
+        return []
+    note(f"Comparing the merged model with base and adapter on {sum(map(len, rows))} tokens.")
+    merged = logits_of(models.merged_model, rows)
+    bases: list[tuple[str, Any, bool]] = [("full base + adapter against merged", None, not onto_quantized)]
+    if rounding is not None:
+        bases.append(("quantised base + adapter against merged", rounding, onto_quantized))
+    checks: list[Check] = []
+    for name, transform, binding in bases:
+        reference = logits_of(lambda t=transform: models.adapted(t), rows)  # type: ignore[misc]
+        checks.append(compare(name, reference, merged, written.dtype, binding))
+    return checks
+
+
+def _fits(written: Written) -> bool:
+    """Whether one model in float32 fits into this machine's free memory and is compared in bearable time."""
+    needed = written.bytes * (1 if written.dtype == "float32" else 2)
+    return needed <= _PATIENCE_BYTES and needed * 1.5 < _free_memory()
+
+
+def _free_memory() -> int:
+    """Bytes of memory that are free or can be freed; unknown counts as plenty."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return 2**62
 
 
 def logits_of(build: Callable[[], Any], rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:

@@ -107,7 +107,13 @@ def lora_keys_need_an_adapter(cfg: Config) -> Iterator[Problem]:
     """Without `adapter` the whole model is trained."""
     if cfg.adapter.adapter:
         return
-    keys = ("lora_r", "lora_target_modules", "lora_target_linear", "lora_model_dir", "loraplus_lr_ratio")
+    keys = (
+        "lora_r",
+        "lora_target_modules",
+        "lora_target_linear",
+        "lora_modules_to_save",
+        "loraplus_lr_ratio",
+    )
     written = [key for key in keys if cfg.is_set(key) and cfg.get(key)]
     if written:
         yield warning(

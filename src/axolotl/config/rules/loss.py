@@ -14,11 +14,11 @@ ATTENTION = (
     "sdpa",
     "flash_attention_2",
     "flash_attention_3",
+    "flash_attention_4",
     "flex_attention",
     "xformers",
-    "sage",
-    "fp8",
 )
+ATTENTION_LATER = ("sage", "fp8")
 _SHORT = {
     "flash": "flash_attention_2",
     "flash_attention": "flash_attention_2",
@@ -57,6 +57,14 @@ def attention_is_known(cfg: Config) -> Iterator[Problem]:
     """A name of ours, or a kernel on the Hub."""
     name = cfg.model.attn_implementation
     if name is None or name in ATTENTION or "/" in name:
+        return
+    if name in ATTENTION_LATER:
+        yield conflict(
+            f"`attn_implementation: {name}` is known, but not available yet.",
+            "Leave it out to have the best one chosen.",
+            "attn_implementation",
+            kind="unavailable",
+        )
         return
     near = [_SHORT[name]] if name in _SHORT else nearest(name, ATTENTION)
     yield conflict(

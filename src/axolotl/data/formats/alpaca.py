@@ -132,7 +132,9 @@ def jeopardy(entry: DatasetEntry, data: DataSection, style: str | None = None) -
     return instruction_format(data, read, style_named(style), ALPACA)
 
 
-@formats.register("alpaca_instruct", "alpaca_instruct.load", requires=["instruction", "output"], optional=["input"])
+@formats.register(
+    "alpaca_instruct", "alpaca_instruct.load", requires=["instruction", "output"], optional=["input"]
+)
 def alpaca_instruct(entry: DatasetEntry, data: DataSection) -> Convert:
     return instruction_format(data, columns("instruction", "output", "input"), STYLES["instruct"], ALPACA)
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from axolotl.config.data import DataSection, DatasetEntry
 
 
-@formats.register("chat_template", "messages", "messages.chat", requires=["messages"], optional=["tools", "system"])
+@formats.register(
+    "chat_template", "messages", "messages.chat", requires=["messages"], optional=["tools", "system"]
+)
 def chat_template(entry: DatasetEntry, data: DataSection) -> Format:
     field = entry.field_messages or "messages"
     field_tools = entry.field_tools or "tools"
@@ -48,7 +50,9 @@ def _messages(row: Row, field: str, read: Callable[[Any, int], Message]) -> list
         found = _rows_of(found, field)
     if not isinstance(found, list):
         if field not in row:
-            raise RowProblem("field missing", f"the row has no `{field}`, it has: {', '.join(map(str, row)) or 'nothing'}")
+            raise RowProblem(
+                "field missing", f"the row has no `{field}`, it has: {', '.join(map(str, row)) or 'nothing'}"
+            )
         raise RowProblem("not a list of messages", f"`{field}` holds {kind(found)}")
     if not found:
         raise RowProblem("no messages", f"`{field}` is empty")
@@ -87,7 +91,10 @@ def _tool(tool: Any, field: str) -> Any:
             name = f"the parameters of the tool `{function.get('name')}`"
             return {**tool, "function": {**function, "parameters": decoded(parameters, name)}}
     elif isinstance(tool.get("parameters"), str):
-        return {**tool, "parameters": decoded(tool["parameters"], f"the parameters of the tool `{tool.get('name')}`")}
+        return {
+            **tool,
+            "parameters": decoded(tool["parameters"], f"the parameters of the tool `{tool.get('name')}`"),
+        }
     return tool
 
 

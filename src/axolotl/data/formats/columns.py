@@ -16,7 +16,9 @@ def text(row: dict[str, Any], field: str) -> str:
     if isinstance(value, str):
         return value
     if value is _MISSING:
-        raise RowProblem("field missing", f"the row has no `{field}`, it has: {', '.join(map(str, row)) or 'nothing'}")
+        raise RowProblem(
+            "field missing", f"the row has no `{field}`, it has: {', '.join(map(str, row)) or 'nothing'}"
+        )
     if value is None:
         raise RowProblem("field is null", f"`{field}` is null")
     return as_text(value, field)
@@ -39,7 +41,14 @@ def as_text(value: Any, field: str) -> str:
 
 def kind(value: Any) -> str:
     """What a value is, in the words of JSON."""
-    names = {dict: "an object", list: "a list", bool: "a boolean", str: "text", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        bool: "a boolean",
+        str: "text",
+        int: "a number",
+        float: "a number",
+    }
     return "null" if value is None else names.get(type(value), f"a value of type {type(value).__name__}")
 
 
@@ -49,4 +58,6 @@ def decoded(value: str, what: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         start = value if len(value) <= 40 else value[:37] + "..."
-        raise RowProblem("not valid JSON", f"{what} is the text `{start}`, which is not JSON: {error}") from None
+        raise RowProblem(
+            "not valid JSON", f"{what} is the text `{start}`, which is not JSON: {error}"
+        ) from None

@@ -78,7 +78,11 @@ def suggestion(columns: Iterable[str], entry: DatasetEntry | None = None) -> str
         if name != formats.describe(name).name or "unavailable" in facts or name in _TOO_SPECIAL:
             continue
         # Of equals the one with the shorter name: `alpaca` rather than one of its variants.
-        if required and not missing_fields(required, have) and (len(required), -len(name)) > (most, -len(best)):
+        if (
+            required
+            and not missing_fields(required, have)
+            and (len(required), -len(name)) > (most, -len(best))
+        ):
             best, most = name, len(required)
     if best:
         return f"These columns fit: `type: {best}`."
@@ -94,4 +98,10 @@ def suggestion(columns: Iterable[str], entry: DatasetEntry | None = None) -> str
     return ""
 
 
-_TOO_SPECIAL = {"jeopardy", "context_qa", "context_qa.load_v2", "creative_acr.load_answer", "alpaca_chat.load_qa"}
+_TOO_SPECIAL = {
+    "jeopardy",
+    "context_qa",
+    "context_qa.load_v2",
+    "creative_acr.load_answer",
+    "alpaca_chat.load_qa",
+}

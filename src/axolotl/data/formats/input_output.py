@@ -21,7 +21,9 @@ def input_output(entry: DatasetEntry, data: DataSection) -> Convert:
         if isinstance(segments, str):
             segments = decoded(segments, "`segments`")
         if not isinstance(segments, list) or not segments:
-            raise RowProblem("no segments", f"`segments` holds {kind(segments)}, a list of label and text is expected")
+            raise RowProblem(
+                "no segments", f"`segments` holds {kind(segments)}, a list of label and text is expected"
+            )
         pieces = []
         for number, segment in enumerate(segments, 1):
             if not isinstance(segment, dict):
@@ -30,7 +32,10 @@ def input_output(entry: DatasetEntry, data: DataSection) -> Convert:
             if not isinstance(part, str):
                 raise RowProblem("segment without text", f"the `text` of segment {number} is {kind(part)}")
             if not isinstance(label, bool):
-                raise RowProblem("segment without label", f"the `label` of segment {number} is {kind(label)}, not a boolean")
+                raise RowProblem(
+                    "segment without label",
+                    f"the `label` of segment {number} is {kind(label)}, not a boolean",
+                )
             pieces.append(Piece(part, label or on_inputs))
         return Pieces(pieces)
 

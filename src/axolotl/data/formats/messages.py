@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl.data.formats.columns import decoded, kind
 from axolotl.data.types import DetailSpan, Message, RowProblem
+from axolotl.errors import ConfigError
 
 if TYPE_CHECKING:
     from axolotl.config.data import DataSection, DatasetEntry
 
-DEFAULT_ROLES = {"user": ["user", "human"], "assistant": ["assistant", "gpt"], "system": ["system"], "tool": ["tool"]}
+DEFAULT_ROLES = {
+    "user": ["user", "human"],
+    "assistant": ["assistant", "gpt"],
+    "system": ["system"],
+    "tool": ["tool"],
+}
 THINKING = "reasoning_content"
 _THOUGHTS = (
     ("<think>", "</think>"),
@@ -22,8 +28,19 @@ _SOLUTION = ("<|begin_of_solution|>", "<|end_of_solution|>")
 
 
 def role_names(entry: DatasetEntry) -> dict[str, str]:
-    """The template's role for each name of a role in the data; a name that is not here stands for itself."""
-    return {name: role for role, names in (entry.roles or DEFAULT_ROLES).items() for name in names}
+    """The template's role for each name of a role in the data; a name that is not here stands for itself.
+
+    Raises ConfigError where `roles` gives one name to two roles.
+    """
+    found: dict[str, str] = {}
+    for role, names in (entry.roles or DEFAULT_ROLES).items():
+        for name in names:
+            if found.setdefault(name, role) != role:
+                raise ConfigError(
+                    f"`roles` gives `{name}` to both `{found[name]}` and `{role}`.",
+                    "Leave it in one of the lists.",
+                )
+    return found
 
 
 def trained_roles(entry: DatasetEntry) -> frozenset[str]:
@@ -61,13 +78,20 @@ class MessageReader:
             raise RowProblem("message is not an object", f"message {number} is {kind(raw)}")
         role = raw.get(self.role_key)
         if type(role) is not str:
-            raise RowProblem("message without role", self._lacks(raw, number, self.role_key, role))
+            told = self._lacks(raw, number, self.role_key, role)
+            raise RowProblem("message without role", told, self._other_keys(raw))
         role = self.roles.get(role, role)
         content = raw.get(self.content_key)
         fields: dict[str, Any] = {}
         if len(raw) > 2 or content is None or self.mappings:
             self._collect(raw, fields, number)
-        if type(content) is str and not fields and not self.split_thinking and not self.training_key and not self.detail_key:
+        if (
+            type(content) is str
+            and not fields
+            and not self.split_thinking
+            and not self.training_key
+            and not self.detail_key
+        ):
             return Message(role, content, fields)
         return self._full(raw, number, role, content, fields)
 
@@ -83,7 +107,9 @@ class MessageReader:
         if "tool_calls" in fields:
             fields["tool_calls"] = _tool_calls(fields["tool_calls"], number)
 
-    def _full(self, raw: dict[str, Any], number: int, role: str, content: Any, fields: dict[str, Any]) -> Message:
+    def _full(
+        self, raw: dict[str, Any], number: int, role: str, content: Any, fields: dict[str, Any]
+    ) -> Message:
         train: bool | None = None
         if self.training_key:
             train = _flag(raw.get(self.training_key), f"`{self.training_key}` of message {number}")
@@ -91,11 +117,14 @@ class MessageReader:
         explicit = False
         if content is None:
             if not any(fields.get(key) for key in ("tool_calls", "function_call", self.thinking_key)):
-                raise RowProblem("message without content", self._lacks(raw, number, self.content_key, None))
+                told = self._lacks(raw, number, self.content_key, None)
+                raise RowProblem("message without content", told, self._other_keys(raw))
         elif type(content) is list:
             content, detail, explicit = _joined(content, f"`{self.content_key}` of message {number}")
         elif type(content) is not str:
-            raise RowProblem("content is not text", f"`{self.content_key}` of message {number} is {kind(content)}")
+            raise RowProblem(
+                "content is not text", f"`{self.content_key}` of message {number} is {kind(content)}"
+            )
         if self.detail_key and (given := raw.get(self.detail_key)) is not None:
             detail, explicit = _spans(given, content or "", f"`{self.detail_key}` of message {number}"), True
         field_details: dict[str, list[DetailSpan]] | None = None
@@ -124,6 +153,14 @@ class MessageReader:
         if key in raw:
             return f"`{key}` of message {number} is {kind(value)}"
         return f"message {number} has no `{key}`, it has: {', '.join(map(str, raw)) or 'nothing'}"
+
+    def _other_keys(self, raw: dict[str, Any]) -> str:
+        """The mapping to write for a message whose keys have other names, as far as they are usual ones."""
+        role = next((k for k in ("role", "from", "speaker") if k in raw), None)
+        content = next((k for k in ("content", "value", "text") if k in raw), None)
+        if not role or not content or (role, content) == (self.role_key, self.content_key):
+            return ""
+        return f"Set `message_property_mappings: {{role: {role}, content: {content}}}`."
 
 
 def _clean(value: Any) -> Any:
@@ -186,7 +223,9 @@ def _joined(parts: list[Any], what: str) -> tuple[str, list[DetailSpan] | None, 
                 raise RowProblem("message part is not text", f"part {number} in {what} has type `{sort}`")
             text = next((part[k] for k in ("text", "content", "value") if part.get(k) is not None), None)
             given = part.get("train")
-            flag = _flag(part.get("weight") if given is None else given, f"`train` of part {number} in {what}")
+            flag = _flag(
+                part.get("weight") if given is None else given, f"`train` of part {number} in {what}"
+            )
         else:
             raise RowProblem("message part is not text", f"part {number} in {what} is {kind(part)}")
         if not isinstance(text, str):
@@ -214,7 +253,8 @@ def _spans(given: Any, content: str, what: str) -> list[DetailSpan]:
         train = _flag(each.get("train"), f"`train` in {what}")
         if type(begin) is not int or type(end) is not int or train is None:
             raise RowProblem(
-                "training detail is incomplete", f"{what} needs begin_offset, end_offset and train in each entry"
+                "training detail is incomplete",
+                f"{what} needs begin_offset, end_offset and train in each entry",
             )
         if not 0 <= begin <= end < len(content):
             raise RowProblem(
@@ -226,7 +266,8 @@ def _spans(given: Any, content: str, what: str) -> list[DetailSpan]:
     for one, other in itertools.pairwise(spans):
         if other.begin <= one.end and other.train != one.train:
             raise RowProblem(
-                "training detail contradicts itself", f"{what} trains and masks characters {other.begin} to {one.end}"
+                "training detail contradicts itself",
+                f"{what} trains and masks characters {other.begin} to {one.end}",
             )
     return spans
 

@@ -118,7 +118,12 @@ def _completed(convert: Callable[[Row], Any], name: str, entry: DatasetEntry, da
     return run
 
 
-_PLAIN = {"messages": "chat_template", "segments": "input_output", "input_ids": "tokenized", "text": "completion"}
+_PLAIN = {
+    "messages": "chat_template",
+    "segments": "input_output",
+    "input_ids": "tokenized",
+    "text": "completion",
+}
 
 
 def _positional(function: Callable[..., Any]) -> int:

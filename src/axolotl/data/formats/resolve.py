@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import sys
@@ -50,7 +51,9 @@ def resolve_format(
         match entry.type:
             case str(kind):
                 name, _, style = kind.partition(":")
-                return _built(name, style or None, entry, data) if name in formats else _own(kind, entry, data)
+                return (
+                    _built(name, style or None, entry, data) if name in formats else _own(kind, entry, data)
+                )
             case mapping:
                 assert mapping is not None  # told above
                 return user_defined(mapping, data)
@@ -66,9 +69,13 @@ def check_type(entry: DatasetEntry, place: Place | None = None) -> Problem | Non
     kind = entry.type
     name, _, style = kind.partition(":")
     if name.partition(".")[0] == "sharegpt":
-        return Problem(f"`{kind}` is gone: `chat_template` reads such rows.", _SHAREGPT, "removed", places=places)
+        return Problem(
+            f"`{kind}` is gone: `chat_template` reads such rows.", _SHAREGPT, "removed", places=places
+        )
     if style.startswith("load"):
-        return Problem(f"`{kind}` is not a known dataset type.", f"Did you mean `{name}.{style}`?", places=places)
+        return Problem(
+            f"`{kind}` is not a known dataset type.", f"Did you mean `{name}.{style}`?", places=places
+        )
     if name in formats:
         facts = formats.describe(name).facts
         if "unavailable" in facts:
@@ -90,9 +97,11 @@ def check_type(entry: DatasetEntry, place: Place | None = None) -> Problem | Non
         return Problem(
             f"`{kind}` is not a known dataset type.", f"Known: {', '.join(variants)}.", places=places
         )
-    if "." in kind and ":" not in kind and _findable(family):
+    if ":" not in kind and (_stands_here(family) or ("." in kind and _installed(family))):
         return None
-    remedy = formats.suggest(name)
+    near = difflib.get_close_matches(name, formats.names(), n=1, cutoff=0.6)
+    known = [n for n in formats.names() if "." not in n and "unavailable" not in formats.describe(n).facts]
+    remedy = (f"Did you mean `{near[0]}`? " if near else "") + f"Known: {', '.join(known)}."
     if "." in kind:
         remedy = f"There is no Python module `{family}` either. {remedy}"
     return Problem(f"`{kind}` is not a known dataset type.", remedy, places=places)
@@ -119,13 +128,15 @@ def _placed(error: ConfigError, place: Place | None) -> ConfigError:
     )
 
 
-def _findable(module: str) -> bool:
-    """Whether a top-level module of this name can be imported, from the current folder too."""
+def _stands_here(module: str) -> bool:
+    """Whether the current folder has a module of this name."""
     here = Path.cwd()
-    if (here / module).is_dir() or (here / f"{module}.py").is_file():
-        return True
+    return (here / f"{module}.py").is_file() or (here / module / "__init__.py").is_file()
+
+
+def _installed(module: str) -> bool:
     try:
-        return importlib.util.find_spec(module) is not None
+        return (Path.cwd() / module).is_dir() or importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
 
@@ -149,7 +160,8 @@ def _own(kind: str, entry: DatasetEntry, data: DataSection) -> Format:
         (
             entered.facts
             for entered in map(formats.describe, formats.names())
-            if entered.module == module.__name__ and getattr(formats.get(entered.name), "__wrapped__", None) is found
+            if entered.module == module.__name__
+            and getattr(formats.get(entered.name), "__wrapped__", None) is found
         ),
         {},
     )
@@ -165,7 +177,7 @@ def _imported(kind: str) -> tuple[ModuleType, str | None]:
     if here not in sys.path:
         sys.path.insert(0, here)
     owner, _, function = kind.rpartition(".")
-    for module, rest in ((kind, None), (owner, function)):
+    for module, rest in ((kind, None), (owner, function)) if owner else ((kind, None),):
         try:
             return importlib.import_module(module), rest
         except ModuleNotFoundError as error:
@@ -179,4 +191,6 @@ def _imported(kind: str) -> tuple[ModuleType, str | None]:
                 f"`{module}`, named in `type`, cannot be imported: {type(error).__name__}: {error}.",
                 "Correct the module.",
             ) from error
-    raise ConfigError(f"there is no Python module `{owner}`.", "Correct `type`, or start from the module's folder.")
+    raise ConfigError(
+        f"there is no Python module `{owner or kind}`.", "Correct `type`, or start from the module's folder."
+    )

@@ -17,7 +17,9 @@ def metharme(entry: DatasetEntry, data: DataSection) -> Convert:
     on_inputs = bool(data.train_on_inputs)
 
     def convert(row: Row) -> Pieces:
-        return Pieces([Piece(text(row, "prompt"), on_inputs, bos=True), Piece(text(row, "generation"), True, eos=3)])
+        return Pieces(
+            [Piece(text(row, "prompt"), on_inputs, bos=True), Piece(text(row, "generation"), True, eos=3)]
+        )
 
     return convert
 
@@ -69,7 +71,13 @@ def pygmalion(entry: DatasetEntry, data: DataSection) -> Convert:
 @formats.register("llama2_chat", "llama2_chat.load", requires=["conversations"])
 def llama2_chat(entry: DatasetEntry, data: DataSection) -> Convert:
     """Llama 2's own layout, whose `</s><s>` between turns are text that its tokenizer reads as EOS and BOS."""
-    roles = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+    roles = {
+        "system": "system",
+        "human": "user",
+        "user": "user",
+        "gpt": "assistant",
+        "assistant": "assistant",
+    }
     default_system = data.default_system_message
 
     def convert(row: Row) -> Marked:
@@ -88,11 +96,15 @@ def llama2_chat(entry: DatasetEntry, data: DataSection) -> Convert:
         if turns and turns[-1][0] == "user":
             turns = turns[:-1]
         if not turns or [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2):
-            raise RowProblem("turns do not alternate", "user and assistant have to take turns, the user first")
+            raise RowProblem(
+                "turns do not alternate", "user and assistant have to take turns, the user first"
+            )
         layout, spans = "", []
         for i in range(0, len(turns), 2):
             head = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if i == 0 else "<s>"
-            layout += f"[INST] {head}{turns[i][1]} [/INST] " if i == 0 else f"{head}[INST] {turns[i][1]} [/INST] "
+            layout += (
+                f"[INST] {head}{turns[i][1]} [/INST] " if i == 0 else f"{head}[INST] {turns[i][1]} [/INST] "
+            )
             start = len(layout)
             layout += f"{turns[i + 1][1]} </s>"
             spans.append((start, len(layout)))

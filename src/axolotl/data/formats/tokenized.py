@@ -36,7 +36,9 @@ def tokenized(entry: DatasetEntry, data: DataSection) -> Convert:
         if mask is not None:
             mask = _numbers(row, "attention_mask")
             if len(mask) != len(ids):
-                raise RowProblem("lengths differ", f"{len(ids)} `input_ids` and {len(mask)} in `attention_mask`")
+                raise RowProblem(
+                    "lengths differ", f"{len(ids)} `input_ids` and {len(mask)} in `attention_mask`"
+                )
             if 0 in mask:
                 ids, labels = _unpadded(ids, labels, mask)
         return Tokenized(ids, labels)
@@ -47,6 +49,8 @@ def tokenized(entry: DatasetEntry, data: DataSection) -> Convert:
 def _unpadded(ids: list[int], labels: list[int], mask: list[int]) -> tuple[list[int], list[int]]:
     """The positions that are not padding."""
     if any(not m and label != IGNORE_INDEX for m, label in zip(mask, labels, strict=True)):
-        raise RowProblem("padding is trained", "a position with 0 in `attention_mask` has a label other than -100")
+        raise RowProblem(
+            "padding is trained", "a position with 0 in `attention_mask` has a label other than -100"
+        )
     kept = [i for i, m in enumerate(mask) if m]
     return [ids[i] for i in kept], [labels[i] for i in kept]

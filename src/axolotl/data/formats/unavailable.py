@@ -24,7 +24,8 @@ formats.register(
 )(_absent)
 
 formats.register(
-    "stepwise_supervised", unavailable="it comes with process reward models. `type: completion` trains on plain text."
+    "stepwise_supervised",
+    unavailable="it comes with process reward models. `type: completion` trains on plain text.",
 )(_absent)
 
 formats.register("bradley_terry.chat_template", unavailable="it comes with reward models.")(_absent)

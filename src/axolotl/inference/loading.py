@@ -1,0 +1,158 @@
+"""Finds and loads what was trained: base and adapter, a merged or fully trained model, or a checkpoint of a run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from axolotl.console import note, warn
+from axolotl.errors import ModelError, Problem
+from axolotl.inference.generate import Stops, find_stops
+from axolotl.inference.prompting import Prompter
+from axolotl.model.adapter import load_adapter
+from axolotl.model.adapter_files import is_untrained
+from axolotl.model.files import (
+    ADAPTER_CONFIG,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    check_adapter_dir,
+    local_folder,
+    read_json,
+)
+from axolotl.model.load import load_model, stop_ids
+from axolotl.model.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from axolotl.config.adapter import AdapterSection
+    from axolotl.config.data import DataSection
+    from axolotl.config.model import ModelSection
+    from axolotl.config.resolve import Hardware
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to answer: with its tokenizer, the maker of its prompts, and what ends an answer."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    prompter: Prompter
+    stops: Stops
+    source: str
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where trained weights are: an adapter for the base model, or a whole model; neither means the bare base."""
+
+    adapter: Path | None = None
+    model: Path | None = None
+
+
+def find_trained(model: ModelSection, adapter: AdapterSection, output_dir: str | Path) -> Trained:
+    """What a run left: `lora_model_dir` where it is set, else the finished result in `output_dir`, else its newest
+    checkpoint. A base model that is not the one of the adapter found there (a merged one, say) is taken alone.
+
+    Raises ModelError for a `lora_model_dir` without an adapter.
+    """
+    problems = check_adapter_dir(adapter)
+    if problems:
+        raise ModelError(problems)
+    if adapter.lora_model_dir:
+        folder = Path(adapter.lora_model_dir).expanduser()
+        return Trained(adapter=folder if folder.is_dir() else Path(adapter.lora_model_dir))
+    output = Path(output_dir).expanduser()
+    checkpoints = sorted(
+        (p for p in output.glob("checkpoint-*") if _CHECKPOINT.search(p.name)),
+        key=lambda p: int(_CHECKPOINT.search(p.name).group(1)),  # type: ignore[union-attr]
+        reverse=True,
+    )
+    for folder in (output, *checkpoints):
+        if (folder / ADAPTER_CONFIG).is_file():
+            recorded = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+            if recorded and not _same_base(recorded, model.base_model):
+                note(f"`{model.base_model}` is used alone: the adapter in `{folder}` belongs to `{recorded}`.")
+                return Trained()
+            return Trained(adapter=folder)
+        whole = any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
+        if adapter.adapter is None and whole and (folder / "config.json").is_file():
+            return Trained(model=folder)
+    return Trained()
+
+
+def _same_base(recorded: str, wanted: str) -> bool:
+    a, b = local_folder(recorded), local_folder(wanted)
+    if a is not None and b is not None:
+        return a.resolve() == b.resolve()
+    return recorded == wanted or (a is None and b is not None and Path(recorded).name == b.name)
+
+
+def load_trained(
+    model: ModelSection,
+    adapter: AdapterSection,
+    data: DataSection,
+    hardware: Hardware,
+    output_dir: str | Path,
+    *,
+    attn_implementation: str | None = None,
+    require_training: bool = False,
+) -> Loaded:
+    """The trained model of a config, ready to answer.
+
+    `require_training`: without trained weights this is an error, and so is an adapter that was never trained. Raises
+    ModelError for whatever cannot be found or does not fit together.
+    """
+    trained = find_trained(model, adapter, output_dir)
+    if trained.adapter is None and trained.model is None:
+        _say_untrained(model, adapter, output_dir, require_training)
+    if trained.model is not None:
+        model = model.model_copy(
+            update={"base_model": str(trained.model), "reinit_weights": False, "base_model_config": None,
+                    "tokenizer_config": None, "revision_of_model": None}
+        )
+    if trained.adapter is not None and is_untrained(trained.adapter):
+        text = f"The adapter `{trained.adapter}` was never trained: it changes nothing."
+        if require_training:
+            raise ModelError(text, "Train first.")
+        warn(text)
+    tokenizer = load_tokenizer(model, trained.adapter or trained.model)
+    prompter = Prompter(tokenizer, data)
+    base = load_model(
+        model,
+        adapter,
+        tokenizer,
+        hardware,
+        training=False,
+        attn_implementation=attn_implementation,
+        stop_tokens=prompter.stop_tokens(),
+        adapter_dir=trained.adapter,
+    )
+    loaded: Any = base
+    if trained.adapter is not None:
+        loaded = load_adapter(base, trained.adapter, allow_pickle=bool(model.trust_remote_code))
+    stops = find_stops(tokenizer, stop_ids(base, tokenizer), prompter.stop_tokens())
+    source = f"{model.base_model} + {trained.adapter}" if trained.adapter is not None else model.base_model
+    return Loaded(loaded.eval(), tokenizer, prompter, stops, source)
+
+
+def _say_untrained(model: ModelSection, adapter: AdapterSection, output_dir: str | Path, refuse: bool) -> None:
+    if adapter.adapter is not None and not _is_other_model(model, output_dir):
+        message = f"`adapter: {adapter.adapter}`, but there is no trained adapter in `{output_dir}`."
+        if refuse:
+            raise ModelError(
+                Problem(message, "Train first, or name the adapter: --lora-model-dir DIR.", "model", ("adapter",))
+            )
+        warn(f"{message} The base model answers alone.")
+    elif refuse and adapter.adapter is None:
+        note(f"`{output_dir}` holds no trained weights: `{model.base_model}` is taken as it is.")
+
+
+def _is_other_model(model: ModelSection, output_dir: str | Path) -> bool:
+    """Whether the base model is itself a result, such as `output_dir/merged`."""
+    folder = local_folder(model.base_model)
+    return folder is not None and Path(output_dir).expanduser().resolve() in folder.resolve().parents

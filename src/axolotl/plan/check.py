@@ -1,0 +1,136 @@
+"""Config against components: names of optimizers, schedules, adapters, dataset types and chat templates.
+
+Imports no torch: registries know their names from the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from axolotl import config
+from axolotl.config import Config
+from axolotl.config.keys import did_you_mean, nearest
+from axolotl.config.load import Overrides, Source
+from axolotl.config.plugins import own_plugins
+from axolotl.data.formats import check_type
+from axolotl.errors import Problem
+from axolotl.optim.registry import optimizers, schedules
+from axolotl.registry import PACKAGE_ROOT, Registry
+
+ADAPTERS = ("lora", "qlora")
+# Kinds of adapters that files carry, and what serves instead.
+ADAPTERS_LATER = {
+    "llama-adapter": "Use `adapter: lora`.",
+    "mora": "Use `adapter: lora`.",
+    "oft": "Use `adapter: lora`.",
+    "ia3": "Use `adapter: lora`.",
+}
+ADAPTER_FLAGS = {
+    "dora": "Write `adapter: lora` and `peft_use_dora: true`.",
+    "rslora": "Write `adapter: lora` and `peft_use_rslora: true`.",
+    "full": "Delete the line: without `adapter` the whole model is trained.",
+    "none": "Delete the line: without `adapter` the whole model is trained.",
+}
+TEMPLATES = PACKAGE_ROOT / "data" / "templates"
+_FALLBACK = "tokenizer_default_fallback_"
+
+
+def load_config(
+    sources: Source | Sequence[Source], overrides: Overrides | None = None, *, verb: str = "train"
+) -> Config:
+    """`axolotl.config.load_config`, and every name checked against the components; all problems in one go.
+
+    Raises ConfigError.
+    """
+    return config.load_config(sources, overrides, verb=verb, checks=(component_problems,))
+
+
+def component_problems(cfg: Config) -> list[Problem]:
+    """Names in the config that no component answers to, or that one is known for but not built yet."""
+    return [
+        *_named(cfg, "optimizer", optimizers),
+        *_named(cfg, "lr_scheduler", schedules),
+        *_adapter(cfg),
+        *_formats(cfg),
+        *_templates(cfg),
+    ]
+
+
+def _named(cfg: Config, key: str, registry: Registry[Any]) -> Iterator[Problem]:
+    name = cfg.get(key)
+    if name in registry:
+        reason = registry.describe(name).facts.get("unavailable")
+        if reason:
+            yield cfg.problem(
+                f"`{key}: {name}` is known, but not available yet: {reason}.",
+                f"Choose another, such as `{key}: {type(cfg.section(key)).model_fields[key].default}`.",
+                key,
+                kind="unavailable",
+            )
+    elif not own_plugins(cfg):
+        yield _unknown(cfg, key, name, registry.names())
+
+
+def _unknown(cfg: Config, key: str, name: str, known: Sequence[str]) -> Problem:
+    near = did_you_mean(nearest(name, known))
+    listed = ", ".join(f"`{each}`" for each in known)
+    return cfg.problem(
+        f"`{key}` is `{name}`; it takes one of {listed}.", near or f"Write one of {listed}.", key
+    )
+
+
+def _adapter(cfg: Config) -> Iterator[Problem]:
+    name = cfg.adapter.adapter
+    if name is None or name in ADAPTERS:
+        return
+    if name in ADAPTERS_LATER:
+        message = f"`adapter: {name}` is known, but not available yet."
+        yield cfg.problem(message, ADAPTERS_LATER[name], "adapter", kind="unavailable")
+    elif name in ADAPTER_FLAGS:
+        known = " or ".join(f"`{each}`" for each in ADAPTERS)
+        yield cfg.problem(f"`adapter` is `{name}`; it takes {known}.", ADAPTER_FLAGS[name], "adapter")
+    elif not own_plugins(cfg):
+        yield _unknown(cfg, "adapter", name, ADAPTERS)
+
+
+def _formats(cfg: Config) -> Iterator[Problem]:
+    if cfg.is_set("rl") or cfg.is_set("reward_model") or cfg.is_set("process_reward_model"):
+        # Their types are another family's; the method itself is told about already.
+        return
+    for name in ("datasets", "test_datasets"):
+        for index, entry in enumerate(getattr(cfg.data, name)):
+            key = f"{name}[{index}].type"
+            found = check_type(entry, cfg.place(key))
+            if found is not None and not (own_plugins(cfg) and found.kind == "invalid_value"):
+                message = found.message[:1].upper() + found.message[1:]
+                yield cfg.problem(message, found.remedy, key, kind=found.kind)
+
+
+def _templates(cfg: Config) -> Iterator[Problem]:
+    bundled = template_names()
+    at = [("chat_template", cfg.data.chat_template)]
+    for name in ("datasets", "test_datasets"):
+        for index, entry in enumerate(getattr(cfg.data, name)):
+            at.append((f"{name}[{index}].chat_template", entry.chat_template))
+    for key, template in at:
+        if template is None or template in ("tokenizer_default", "jinja"):
+            continue
+        if template.removeprefix(_FALLBACK) not in bundled:
+            near = nearest(template, [*bundled, "tokenizer_default", "jinja"])
+            remedy = did_you_mean(near) or f"Known: {', '.join(f'`{n}`' for n in bundled)}."
+            if "{" in template or Path(template).suffix == ".jinja":
+                remedy = (
+                    "Write `chat_template: jinja`, and the template or its file under `chat_template_jinja:`."
+                )
+            yield cfg.problem(
+                f"`{key}` is `{template}`; it takes the name of a template, `tokenizer_default` or `jinja`.",
+                remedy,
+                key,
+            )
+
+
+def template_names() -> list[str]:
+    """The chat templates that come with this package."""
+    return sorted(file.stem for file in TEMPLATES.glob("*.jinja"))

@@ -1,0 +1,231 @@
+"""From a config, a model and data to a trainer that is ready to go."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from axolotl.config import Config
+from axolotl.config.data import DataSection
+from axolotl.config.model import ModelSection
+from axolotl.config.resolve import Hardware
+from axolotl.console import detail, note, warn
+from axolotl.distributed.world import world
+from axolotl.errors import ModelError, Problem
+from axolotl.methods.registry import Method, method_of
+from axolotl.model.attention import AttentionChoice, choose_attention, set_attention
+from axolotl.registry import require_extra
+from axolotl.train.arguments import build_arguments
+from axolotl.train.batches import build_batches
+from axolotl.train.callbacks import (
+    AtSteps,
+    CheckpointOnRequest,
+    CollectGarbage,
+    EarlyStopping,
+    EpochOrder,
+    LossWatch,
+    Profile,
+    Signals,
+)
+from axolotl.train.checkpoint import RUN, differences, read_json, read_state
+from axolotl.train.probe import documents_stay_apart, loss_takes_tokens
+from axolotl.train.progress import ProgressLine, RunLog
+from axolotl.train.tracking import start_tracking
+from axolotl.train.trainer import CausalTrainer, Parts, TrainerMixin, token_loss
+
+
+def attention_for(model: ModelSection, data: DataSection, hardware: Hardware) -> AttentionChoice:
+    """The attention of a training run: what the model has to be loaded with."""
+    packs = data.sample_packing or bool(data.eval_sample_packing) or data.batch_flattening is True
+    return choose_attention(model, packs, hardware)
+
+
+def build_trainer(
+    cfg: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: datasets.Dataset,
+    eval_dataset: datasets.Dataset | None,
+    hardware: Hardware,
+    resume: Path | None = None,
+) -> Trainer:
+    """A trainer for the config's method. `model` is resized, quantised, frozen and adapted already.
+
+    `train_dataset` and `eval_dataset` hold prepared rows. `resume` is the checkpoint that training will continue from
+    (see `axolotl.train.session.resume_point`). Raises a UserError where the config asks for what model, data or
+    machine cannot do.
+    """
+    method = method_of(cfg.method)
+    attention = attention_for(cfg.model, cfg.data, hardware)
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention = _apply_attention(inner, attention, cfg)
+    alignment = 8 if hardware.device == "cuda" else None
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    batches = build_batches(
+        train_dataset, cfg.data, cfg.train, attention, pad_token_id=pad, alignment=alignment
+    )
+    evaluated = eval_dataset if eval_dataset is not None and len(eval_dataset) else None
+    eval_batches = evaluated and build_batches(
+        evaluated, cfg.data, cfg.train, attention, pad_token_id=pad, evaluation=True, alignment=alignment
+    )
+    place = world()
+    volume = batches.volume(cfg.train, place.size)
+    arguments, cadence = build_arguments(
+        cfg,
+        volume,
+        hardware,
+        has_eval_data=evaluated is not None,
+        resuming=resume is not None,
+        arguments_class=_named(method.arguments, method),
+        more=method.options(cfg.method),
+    )
+    start_tracking(cfg.tracking, cfg.output)
+    signals = Signals()
+    output_dir = Path(cfg.output.output_dir)
+    parts = Parts(
+        optim=cfg.optim,
+        adapter=cfg.adapter,
+        train=cfg.train,
+        batches=batches,
+        eval_batches=eval_batches,
+        volume=volume,
+        cadence=cadence,
+        output_dir=output_dir,
+        run_id=_run_id(output_dir, resume),
+        plan=batches.plan_of(0).digest(),
+        autocast=torch.bfloat16 if cfg.model.bf16 in (True, "full") else None,
+        offload=bool(cfg.train.activation_offloading),
+        interrupted=signals,
+    )
+    _ready_for_training(inner, cfg)
+    trainer = _trainer_class(method)(
+        model=model,
+        args=arguments,
+        data_collator=batches.collator,
+        train_dataset=batches.rows,
+        eval_dataset=None if eval_batches is None else eval_batches.rows,
+        processing_class=tokenizer,
+        parts=parts,
+    )
+    _probe(trainer, model, attention, parts, cfg)
+    for callback in (
+        EpochOrder(trainer),
+        AtSteps(cadence),
+        CheckpointOnRequest(cfg.train, output_dir),
+        RunLog(output_dir / "run.jsonl"),
+        ProgressLine(volume.total_steps),
+        LossWatch(cfg.train),
+        EarlyStopping(cfg.train),
+        CollectGarbage(cfg.train),
+        Profile(cfg.train, output_dir),
+        signals,
+    ):
+        trainer.add_callback(callback)
+    if resume is not None:
+        _compare(trainer, resume)
+    _say(cfg, trainer, attention)
+    return trainer
+
+
+def _named(name: str, method: Method) -> Any:
+    """A class by its dotted name."""
+    module, _, attribute = name.rpartition(".")
+    if method.extra:
+        return getattr(require_extra(module, method.extra, f"`rl: {method.name}`"), attribute)
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _trainer_class(method: Method) -> type[Any]:
+    base = _named(method.trainer, method)
+    return CausalTrainer if base is Trainer else type(f"Our{base.__name__}", (TrainerMixin, base), {})
+
+
+def _apply_attention(model: PreTrainedModel, choice: AttentionChoice, cfg: Config) -> AttentionChoice:
+    """Gives the model the attention chosen; where its code cannot take ours, transformers' own."""
+    if set_attention(model, choice.name):
+        return choice
+    if choice.joined and set_attention(model, "sdpa"):
+        note(f"{type(model).__name__} takes no other attention than its own: packed rows go through sdpa.")
+        return AttentionChoice("sdpa", "the model takes no other", joined=False)
+    if cfg.data.sample_packing:
+        raise ModelError(_packing_problem(model, choice))
+    return AttentionChoice(model.config._attn_implementation, "the model takes no other", joined=False)
+
+
+def _packing_problem(model: PreTrainedModel, choice: AttentionChoice) -> Problem:
+    return Problem(
+        f"`sample_packing: true`: in {type(model).__name__} with {choice.name} attention, packed documents would see "
+        "each other.",
+        "Set `sample_packing: false`, or another `attn_implementation`.",
+        "model",
+        ("sample_packing", "attn_implementation"),
+    )
+
+
+def _ready_for_training(model: PreTrainedModel, cfg: Config) -> None:
+    model.config.use_cache = False
+    if cfg.train.gradient_checkpointing and (cfg.train.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        # Reentrant checkpoints only carry gradients to layers whose input has one; frozen embeddings give none.
+        model.enable_input_require_grads()
+
+
+def _probe(trainer: Any, model: PreTrainedModel, attention: AttentionChoice, parts: Parts, cfg: Config) -> None:
+    if not hasattr(model.config, "vocab_size") or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        return
+    device = trainer.args.device
+    autocast = torch.autocast(device.type, parts.autocast) if parts.autocast else contextlib.nullcontext()
+    with autocast:
+        if (cfg.data.sample_packing or cfg.data.eval_sample_packing) and not documents_stay_apart(
+            model, attention, device
+        ):
+            raise ModelError(_packing_problem(trainer.model, attention))
+        if trainer.compute_loss_func is None and not loss_takes_tokens(model, attention, device):
+            trainer.compute_loss_func = token_loss
+
+
+def config_digest(cfg: Config) -> str:
+    """A hash of all that was asked for, apart from how to resume: equal digests are the same command."""
+    asked = cfg.effective(defaults=False)
+    for key in ("resume_from_checkpoint", "auto_resume_from_checkpoints"):
+        asked.pop(key, None)
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _run_id(output_dir: Path, resume: Path | None) -> str:
+    """The id of the run that is continued, or a new one."""
+    if resume is not None:
+        saved = read_state(resume)
+        found = saved.run_id if saved else read_json(output_dir / RUN).get("run_id")
+        if found:
+            return str(found)
+    return uuid.uuid4().hex[:12]
+
+
+def _compare(trainer: Any, resume: Path) -> None:
+    saved = read_state(resume)
+    if saved is None:
+        return
+    trainer.trained_tokens = saved.trained_tokens
+    for change in differences(saved, trainer.run_state()):
+        warn(f"Since {resume.name} was saved, {change}.")
+
+
+def _say(cfg: Config, trainer: Any, attention: AttentionChoice) -> None:
+    volume, train = trainer.parts.volume, cfg.train
+    packed = f", packed {volume.efficiency:.1%} full" if cfg.data.sample_packing else ""
+    rows = len(trainer.parts.batches.rows)
+    ranks = f" × {trainer.args.world_size} processes" if trainer.args.world_size > 1 else ""
+    note(
+        f"{rows:,} rows, {volume.tokens_per_epoch:,} tokens{packed}: {volume.total_steps:,} steps of "
+        f"{train.micro_batch_size} × {train.gradient_accumulation_steps}{ranks} in {volume.epochs:.4g} epochs."
+    )
+    detail(f"attention: {attention.name} ({attention.reason})")

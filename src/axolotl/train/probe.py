@@ -1,0 +1,64 @@
+"""A look before the run: does this model keep packed documents apart, and does its loss take the number of tokens?
+
+Documents that see each other raise no error; the loss just comes out a little different. So it is tried, with a dozen
+tokens, on the model that will be trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from axolotl.data.collate import Batch, PackedCollator
+from axolotl.model.attention import AttentionChoice
+
+LENGTHS = (7, 9)
+
+
+def documents_stay_apart(model: PreTrainedModel, attention: AttentionChoice, device: torch.device) -> bool:
+    """Whether changing one document of a packed row leaves the outputs of the next one as they were."""
+    rows = _documents(model)
+    changed = [(ids[::-1].copy(), labels[::-1].copy()) for ids, labels in rows[:1]] + rows[1:]
+    before, after = (_run(model, _batch(each, attention), device).logits[0] for each in (rows, changed))
+    start, stop = LENGTHS[0], sum(LENGTHS)
+    own = (before[:start] - after[:start]).abs().max()
+    leaked = (before[start:stop] - after[start:stop]).abs().max()
+    # Kernels may sum in another order, so a trace is allowed; a document that is seen changes far more.
+    return bool(leaked <= 1e-3 * own)
+
+
+def loss_takes_tokens(model: PreTrainedModel, attention: AttentionChoice, device: torch.device) -> bool:
+    """Whether the model divides its loss by the number of tokens it is told."""
+    batch = _batch(_documents(model), attention)
+    one, two = (_run(model, {**batch, "num_items_in_batch": torch.tensor(n)}, device).loss for n in (1, 2))
+    return one is not None and two is not None and bool((one / two - 2).abs() < 1e-2)
+
+
+def _documents(model: PreTrainedModel) -> list[tuple[np.ndarray, np.ndarray]]:
+    draw = np.random.default_rng(0)
+    words = min(int(model.get_input_embeddings().weight.shape[0]), 1000)
+    found = []
+    for length in LENGTHS:
+        ids = draw.integers(0, words, length)
+        found.append((ids, ids))
+    return found
+
+
+def _batch(rows: list[tuple[np.ndarray, np.ndarray]], attention: AttentionChoice) -> Batch:
+    batch = PackedCollator(0, attention.joined)([rows])
+    batch.pop("token_counts")
+    return batch
+
+
+def _run(model: PreTrainedModel, batch: Batch, device: torch.device) -> Any:
+    was_training = model.training
+    model.eval()
+    try:
+        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        with torch.no_grad():
+            return model(**inputs, use_cache=False)
+    finally:
+        model.train(was_training)

@@ -1,0 +1,176 @@
+"""What a run tells while it goes on: one live line for a person, and run.jsonl for programs.
+
+run.jsonl has one JSON object per line; a resumed run cuts it back to the step it continues from. Every line has
+`kind` (train, eval or end), `step` (counted from 1; 0 before the first), `epoch` and `time` (seconds since 1970).
+
+train   loss (mean over trained tokens), ppl, grad_norm (before clipping), learning_rate, tokens (seen so far, without
+        padding), trained_tokens, tokens_per_second (without padding, all ranks, evaluation and saving not counted),
+        seconds_per_step, peak_memory_gib
+eval    eval_loss (mean over all trained tokens of the set), eval_ppl, eval_runtime, ...
+end     train_runtime (seconds), train_loss (mean of this process's steps), ...
+A number that is not finite is written as null.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from rich.live import Live
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from axolotl.console import is_main_process, stderr
+
+REFRESH = 0.1  # seconds between two redrawings of the live line
+Args, State, Control = TrainingArguments, TrainerState, TrainerControl
+
+
+class RunLog(TrainerCallback):
+    """Writes run.jsonl."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.stream: IO[str] | None = None
+
+    def on_train_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+        if is_main_process():
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            cut_back(self.file, state.global_step)
+            self.stream = self.file.open("a", encoding="utf-8")
+
+    def on_log(
+        self, args: Args, state: State, control: Control, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if self.stream is None or not logs:
+            return
+        line = {"kind": kind_of(logs), "step": state.global_step, **logs, "time": time.time()}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self.stream.write(json.dumps(finite, default=str) + "\n")
+        self.stream.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
+
+
+def kind_of(logs: dict[str, Any]) -> str:
+    """train, eval or end: what a set of logged figures is."""
+    if "train_runtime" in logs:
+        return "end"
+    return "eval" if any(key.startswith("eval_") for key in logs) else "train"
+
+
+def cut_back(file: Path, step: int) -> None:
+    """Removes the lines after `step`, and a last line that was cut off."""
+    if not file.exists():
+        return
+    if step == 0:
+        file.unlink()
+        return
+    kept = []
+    for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        # The checkpoint was saved after the evaluation of its step; the end of an earlier stretch is no end any more.
+        if line.get("step", 0) <= step and line.get("kind") != "end":
+            kept.append(text)
+    file.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
+
+
+class ProgressLine(TrainerCallback):
+    """One line with step, loss, learning rate, tokens per second, memory and remaining time.
+
+    In a terminal it is redrawn in place; elsewhere every log line is printed.
+    """
+
+    def __init__(self, total_steps: int) -> None:
+        self.total = total_steps
+        self.live: Live | None = None
+        self.drawn = 0.0
+        self.pace: float | None = None
+        """Seconds per step, smoothed."""
+        self.evaluated = 0
+
+    def on_train_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+        if is_main_process() and stderr().is_terminal:
+            self.live = Live(console=stderr(), auto_refresh=False, transient=False)
+            self.live.start()
+
+    def on_log(
+        self, args: Args, state: State, control: Control, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if not logs or not is_main_process():
+            return
+        kind = kind_of(logs)
+        if kind == "train":
+            per_step = logs.get("seconds_per_step", 0.0)
+            self.pace = per_step if self.pace is None else 0.9 * self.pace + 0.1 * per_step
+            self._draw(training_line(logs, state.global_step, self.total, self.pace), state.global_step >= self.total)
+        elif kind == "eval":
+            self.evaluated = 0
+            self._say(evaluation_line(logs, state.global_step))
+
+    def on_prediction_step(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+        self.evaluated += 1
+        loader = kwargs.get("eval_dataloader")
+        if self.live is not None and loader is not None:
+            self._draw(f"evaluating: batch {self.evaluated}/{len(loader)}")
+
+    def _draw(self, text: str, last: bool = False) -> None:
+        if self.live is None:
+            print(text, file=sys.stderr, flush=True)
+            return
+        now = time.monotonic()
+        if last or now - self.drawn >= REFRESH:
+            self.drawn = now
+            self.live.update(Text(text, overflow="ellipsis", no_wrap=True), refresh=True)
+
+    def _say(self, text: str) -> None:
+        if self.live is not None:
+            self.live.console.print(text, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the last line standing."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+
+def training_line(logs: dict[str, Any], step: int, total: int, pace: float | None) -> str:
+    """The live line: `step 12/200 · loss 1.2345 · lr 1.9e-05 · 3,456 tok/s · 1.2 GiB · 0:03:21 left`."""
+    parts = [f"step {step}/{total}", f"loss {logs.get('loss', math.nan):.4f}"]
+    if "learning_rate" in logs:
+        parts.append(f"lr {logs['learning_rate']:.2e}")
+    if "tokens_per_second" in logs:
+        parts.append(f"{logs['tokens_per_second']:,.0f} tok/s")
+    if "peak_memory_gib" in logs:
+        parts.append(f"{logs['peak_memory_gib']:.1f} GiB")
+    if pace is not None:
+        parts.append(f"{duration(pace * (total - step))} left")
+    return " · ".join(parts)
+
+
+def evaluation_line(logs: dict[str, Any], step: int) -> str:
+    """`step 50: eval loss 1.2345 (perplexity 3.44)`."""
+    losses = [
+        f"{key.removesuffix('_loss').replace('_', ' ')} loss {value:.4f}" for key, value in logs.items() if key.endswith("_loss")
+    ]
+    ppl = next((f" (perplexity {v:.2f})" for k, v in logs.items() if k.endswith("_ppl")), "")
+    return f"step {step}: {', '.join(losses)}{ppl}"
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, such as 1:02:03."""
+    return str(datetime.timedelta(seconds=round(seconds)))

@@ -1,0 +1,246 @@
+"""A training session: from where it continues, the run itself, what it leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from axolotl.config import Config
+from axolotl.console import note, success
+from axolotl.distributed.world import world
+from axolotl.errors import CheckpointError, EnvironmentProblem
+from axolotl.model.load import ready_to_serve
+from axolotl.train.build import build_trainer, config_digest
+from axolotl.train.callbacks import Signals
+from axolotl.train.checkpoint import (
+    RUN,
+    checkpoint_step,
+    clear_staging,
+    read_json,
+    resume_folder,
+    write_json,
+)
+from axolotl.train.progress import ProgressLine, RunLog, duration
+from axolotl.train.trainer import Interrupted, Parts
+
+__all__ = ["ResumePoint", "TrainResult", "build_trainer", "resume_point", "seed_everything", "train"]
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """From where a run goes on."""
+
+    folder: Path | None
+    """The checkpoint, or None for the beginning."""
+    complete: bool = False
+    """The run was finished before by the same command: there is nothing to do."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What became of a session."""
+
+    steps: int
+    """Steps done since the run began, earlier sessions included."""
+    complete: bool
+    """The run reached its end and the final weights are written."""
+    loss: float | None
+    """Mean training loss of this session; None where it did no step."""
+    metrics: dict[str, float]
+    exit_code: int = 0
+    """0, or 128 and the number of the signal that ended the session."""
+    checkpoint: Path | None = None
+    """The checkpoint saved because of that signal."""
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python, numpy and torch. To be called before the model and its adapter are made."""
+    set_seed(seed)
+
+
+def resume_point(cfg: Config) -> ResumePoint:
+    """Where the config says to continue; quick, before anything heavy is loaded.
+
+    Raises CheckpointError for a checkpoint that is missing or damaged.
+    """
+    output_dir = Path(cfg.output.output_dir)
+    resume, auto = cfg.train.resume_from_checkpoint, cfg.train.auto_resume_from_checkpoints
+    if resume or auto:
+        run = read_json(output_dir / RUN)
+        anywhere = not resume or resume.lower() in ("true", "auto")
+        if anywhere and run.get("complete") and run.get("config") == config_digest(cfg):
+            return ResumePoint(None, complete=True)
+    return ResumePoint(resume_folder(resume, auto, output_dir))
+
+
+def train(trainer: Trainer, cfg: Config, resume: Path | None = None) -> TrainResult:
+    """Runs the trainer to its end or to a signal; at the end writes the final weights into output_dir.
+
+    Raises CheckpointError or EnvironmentProblem where the folder cannot be written, TrainingDiverged where the loss
+    is no number any more.
+    """
+    parts: Parts = trainer.parts  # type: ignore[attr-defined]
+    output_dir, main = parts.output_dir, world().is_main
+    if main:
+        _prepare_folder(output_dir)
+    total = parts.volume.total_steps
+    if resume is not None and checkpoint_step(resume) >= total:
+        if read_json(output_dir / RUN).get("complete"):
+            note(f"{resume} has all {total} steps already: nothing to do.")
+            return TrainResult(checkpoint_step(resume), True, None, {})
+        trainer._load_from_checkpoint(str(resume))
+        trainer.state.global_step = checkpoint_step(resume)
+        return _finish(trainer, cfg, None, {}, time.time())
+    run = {"run_id": parts.run_id, "config": config_digest(cfg), "complete": False, "total_steps": total}
+    if main:
+        write_json(output_dir / RUN, run)
+        if resume is not None:
+            note(f"Continuing from {resume}.")
+    started = time.time()
+    signals = _callback(trainer, Signals)
+    interrupted = False
+    # What the imports have left in memory stays; looking through it again costs the loop half a second.
+    gc.freeze()
+    disable_progress_bar()
+    try:
+        with signals.listening():
+            try:
+                output = trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+            except Interrupted:
+                interrupted = True
+                trainer._save_checkpoint(trainer.model_wrapped, None)
+    finally:
+        gc.unfreeze()
+        _callback(trainer, ProgressLine).close()
+        _callback(trainer, RunLog).close()
+    if signals.received is not None and (interrupted or trainer.state.global_step < total):
+        return _stopped(trainer, cfg, signals.received)
+    metrics = {k: v for k, v in output.metrics.items() if isinstance(v, int | float)}
+    return _finish(trainer, cfg, float(output.training_loss), metrics, started)
+
+
+def _prepare_folder(output_dir: Path) -> None:
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        clear_staging(output_dir)
+        probe = output_dir / ".tmp-write"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"`output_dir: {output_dir}` cannot be written: {error.strerror}.", "Choose another folder."
+        ) from error
+
+
+def _callback(trainer: Trainer, kind: type[Any]) -> Any:
+    return next(c for c in trainer.callback_handler.callbacks if isinstance(c, kind))
+
+
+def _stopped(trainer: Trainer, cfg: Config, received: signal.Signals) -> TrainResult:
+    """Says how to go on after a signal."""
+    folder = trainer.checkpoint_folder()  # type: ignore[attr-defined]
+    step, total = trainer.state.global_step, trainer.parts.volume.total_steps  # type: ignore[attr-defined]
+    saved = folder if folder.is_dir() else None
+    if saved:
+        command = f"axolotl train {_sources(cfg)} --resume-from-checkpoint {saved}"
+        note(f"Stopped by {received.name} at step {step} of {total}; saved {saved}.\nTo continue:\n  {command}")
+    else:
+        note(f"Stopped by {received.name} at step {step} of {total}; no checkpoint could be saved.")
+    return TrainResult(step, False, None, {}, 128 + received.value, saved)
+
+
+def _finish(trainer: Trainer, cfg: Config, loss: float | None, metrics: dict[str, float], started: float) -> TrainResult:
+    output_dir = trainer.parts.output_dir  # type: ignore[attr-defined]
+    save_final(trainer, cfg)
+    if world().is_main:
+        run = read_json(output_dir / RUN) | {"complete": True, "config": config_digest(cfg)}
+        write_json(output_dir / RUN, run)
+        _summary(trainer, cfg, loss, time.time() - started)
+    return TrainResult(trainer.state.global_step, True, loss, metrics)
+
+
+def save_final(trainer: Trainer, cfg: Config) -> None:
+    """Writes weights or adapter, tokenizer, generation config, resolved config and model card into output_dir.
+
+    They are written aside first, so that output_dir never holds half a model. Raises CheckpointError.
+    """
+    output_dir: Path = trainer.parts.output_dir  # type: ignore[attr-defined]
+    aside = output_dir / ".tmp-final"
+    inner = trainer.accelerator.unwrap_model(trainer.model)
+    ready_to_serve(inner)
+    try:
+        trainer.save_model(str(aside), _internal_call=True)
+        if not world().is_main:
+            return
+        base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        if getattr(base, "generation_config", None) is not None and base.can_generate():
+            base.generation_config.save_pretrained(aside)
+        (aside / "training_args.bin").unlink(missing_ok=True)
+        (aside / "axolotl_config.yml").write_text(cfg.resolved_yaml(), encoding="utf-8")
+        (aside / "README.md").write_text(model_card(trainer, cfg), encoding="utf-8")
+        # A shard of earlier weights that the new ones do not replace would be loaded with them.
+        for stale in (*output_dir.glob("model*.safetensors*"), *output_dir.glob("adapter_*")):
+            if not (aside / stale.name).exists():
+                stale.unlink()
+        for file in sorted(aside.iterdir()):
+            target = output_dir / file.name
+            if file.is_dir():
+                shutil.rmtree(target, ignore_errors=True)
+            os.replace(file, target)
+        aside.rmdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"The final weights could not be written into {output_dir}: {error.strerror or error}.",
+            "Free some space, then run the same command with `--auto-resume-from-checkpoints`.",
+        ) from error
+
+
+def model_card(trainer: Trainer, cfg: Config) -> str:
+    """A short README: what was trained, on what, and how it can be made again."""
+    base, volume = cfg.model.base_model, trainer.parts.volume  # type: ignore[attr-defined]
+    kind = cfg.adapter.adapter
+    data = ", ".join(f"`{entry.path}`" for entry in cfg.data.datasets) or "none named"
+    library = "peft" if kind else "transformers"
+    what = f"A {kind.upper() if kind == 'lora' else 'QLoRA' if kind == 'qlora' else kind} adapter for" if kind else "A fine-tuned"
+    return (
+        f"---\nlibrary_name: {library}\nbase_model: {base}\ntags:\n- axolotl\n- generated_from_trainer\n---\n\n"
+        f"# {Path(cfg.output.output_dir).name}\n\n"
+        f"{what} `{base}`, trained with axolotl.\n\n"
+        f"- data: {data}\n- steps: {trainer.state.global_step}, in {volume.epochs:.4g} epochs of "
+        f"{volume.tokens_per_epoch:,} tokens\n- evaluation loss: {_last(trainer, 'eval_loss')}\n\n"
+        "`axolotl_config.yml` is the config that repeats the run.\n"
+    )
+
+
+def _last(trainer: Trainer, key: str) -> str:
+    values = [line[key] for line in trainer.state.log_history if key in line]
+    return f"{values[-1]:.4f}" if values else "not measured"
+
+
+def _sources(cfg: Config) -> str:
+    return str(cfg.sources[0]) if cfg.sources else "config.yml"
+
+
+def _summary(trainer: Trainer, cfg: Config, loss: float | None, seconds: float) -> None:
+    parts: Parts = trainer.parts  # type: ignore[attr-defined]
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    course = f"loss {losses[0]:.4f} → {losses[-1]:.4f}" if losses else "no loss logged"
+    if parts.eval_batches is not None:
+        course += f", evaluation loss {_last(trainer, 'eval_loss')}"
+    tokens = trainer.state.num_input_tokens_seen
+    success(f"{trainer.state.global_step:,} steps, {tokens:,} tokens in {duration(seconds)}: {course}.")
+    adapter, config = cfg.adapter.adapter is not None, _sources(cfg)
+    folder = f" --lora-model-dir {parts.output_dir}" if adapter else f" --base-model {parts.output_dir}"
+    lines = [f"Saved in {parts.output_dir}. Next:", f"  axolotl inference {config}{folder} --chat"]
+    if adapter:
+        lines.append(f"  axolotl merge-lora {config}{folder}")
+    note("\n".join(lines))

@@ -1,0 +1,342 @@
+"""The mixin that makes transformers' and TRL's trainers ours: batches, loss, evaluation, figures, checkpoints.
+
+Only hooks that the trainers offer are overridden; nothing of theirs is patched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from axolotl.config.adapter import AdapterSection
+from axolotl.config.optim import OptimSection
+from axolotl.config.train import TrainSection
+from axolotl.console import warn
+from axolotl.data.packing import Volume
+from axolotl.data.types import IGNORE_INDEX
+from axolotl.distributed.world import peak_memory_bytes, world
+from axolotl.errors import AxolotlError, DataError
+from axolotl.optim.build import build_optimizer, build_schedule
+from axolotl.train.batches import BatchSource, EpochBatches
+from axolotl.train.cadence import Cadence
+from axolotl.train.checkpoint import RunState, publish, rotate, staging, write_state
+
+
+class Interrupted(AxolotlError):
+    """The run was asked to end while it was evaluating; training is between two steps."""
+
+
+@dataclass
+class Parts:
+    """What a run is made of, beside model and arguments."""
+
+    optim: OptimSection
+    adapter: AdapterSection
+    train: TrainSection
+    batches: BatchSource
+    eval_batches: BatchSource | None
+    volume: Volume
+    cadence: Cadence
+    output_dir: Path
+    run_id: str
+    plan: str
+    """Digest of the first epoch's plan."""
+    autocast: torch.dtype | None = None
+    """Number type that the model computes in, where it is not that of its weights."""
+    offload: bool = False
+    """Keep what the backward pass needs in CPU memory."""
+    interrupted: Callable[[], bool] = field(default=lambda: False)
+    """True once the run was asked to end."""
+
+
+class Clock:
+    """Time spent on training between two log lines: what evaluation and saving take is left out."""
+
+    def __init__(self) -> None:
+        self.since = time.perf_counter()
+        self.tokens, self.step = 0, 0
+
+    def start(self, tokens: int, step: int) -> None:
+        """Begins an interval at these counts."""
+        self.since, self.tokens, self.step = time.perf_counter(), tokens, step
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Time that does not count."""
+        at = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.since += time.perf_counter() - at
+
+    def lap(self, tokens: int, step: int) -> tuple[float, float]:
+        """(tokens per second, seconds per step) since the last lap."""
+        seconds = max(time.perf_counter() - self.since, 1e-9)
+        rate, per_step = (tokens - self.tokens) / seconds, seconds / max(step - self.step, 1)
+        self.start(tokens, step)
+        return rate, per_step
+
+
+class TrainerMixin:
+    """Goes in front of a trainer class. The loss is normalised by the trained tokens of the whole global batch."""
+
+    def __init__(self, *args: Any, parts: Parts, **kwargs: Any) -> None:
+        self.parts = parts
+        self.clock = Clock()
+        self.trained_tokens = 0
+        self.order: EpochBatches | None = None
+        self._aside: Path | None = None
+        self._to_push: str | None = None
+        self._failed_losses: torch.Tensor | None = None
+        self._parameters: int | None = None
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
+            self.compute_loss_func = token_loss
+
+    # Batches
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        place = world()
+        loader = self.parts.batches.loader(self.parts.train, place.rank, place.size)
+        self.order = loader.batch_sampler  # type: ignore[assignment]
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        ours = self.parts.eval_batches
+        if ours is None or (eval_dataset is not None and eval_dataset is not ours.rows):
+            return super().get_eval_dataloader(eval_dataset)
+        place = world()
+        return ours.loader(self.parts.train, place.rank, place.size, evaluation=True)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: Any = None
+    ) -> tuple[list[Any], torch.Tensor | None]:
+        """The batches of one step, and how many tokens they train on all ranks together."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator)]
+        counts = [batch.pop("token_counts") for batch in batches]
+        tokens, targets = self._over_ranks(sum(c[0] for c in counts), sum(c[1] for c in counts))
+        self.state.num_input_tokens_seen += tokens
+        self.trained_tokens += targets
+        return batches, torch.tensor(max(targets, 1)).to(self.args.device, non_blocking=True)
+
+    def _over_ranks(self, *numbers: int) -> list[int]:
+        if self.args.world_size <= 1:
+            return list(numbers)
+        here = torch.tensor(numbers, dtype=torch.int64, device=self.args.device)
+        return [int(n) for n in self.accelerator.reduce(here, "sum").tolist()]
+
+    # Loss
+
+    def compute_loss_context_manager(self) -> contextlib.ExitStack:
+        stack = super().compute_loss_context_manager()
+        device = self.args.device.type
+        if self.parts.autocast is not None:
+            stack.enter_context(torch.autocast(device, self.parts.autocast))
+        if self.parts.offload and device == "cuda" and torch.is_grad_enabled():
+            stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=True))
+        return stack
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass. A loss that is not finite is counted apart and logged as NaN."""
+        loss = super().training_step(*args, **kwargs)
+        finite = torch.isfinite(loss)
+        failed = (~finite).to(torch.int64)
+        self._failed_losses = failed if self._failed_losses is None else self._failed_losses + failed
+        # The trainer sums losses until it logs, and would never get rid of a NaN again.
+        return torch.where(finite, loss, torch.zeros_like(loss))
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # Counting parameters anew for every batch, as transformers does, costs milliseconds.
+        if self._parameters is None:
+            self._parameters = sum(p.numel() for n, p in self.model.named_parameters() if "embed" not in n)
+        ids = inputs.get("input_ids")
+        return 6 * ids.numel() * self._parameters if ids is not None else 0
+
+    # Optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = build_optimizer(model or self.model, self.parts.optim, self.parts.adapter)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if self.lr_scheduler is None:
+            self.lr_scheduler = build_schedule(optimizer or self.optimizer, self.parts.optim, num_training_steps)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # Evaluation
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.clock.stopped():
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean loss over all trained tokens of the set, however they are batched, and its perplexity.
+
+        Raises DataError for a set of which nothing is trained, Interrupted when the run is asked to end.
+        """
+        model = self.model_wrapped if self.is_in_train else self.model
+        was_training = model.training
+        model.eval()
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        one = torch.ones((), device=self.args.device)
+        total = torch.zeros((), dtype=torch.float64, device="cpu" if self.args.device.type == "mps" else self.args.device)
+        targets = 0
+        for batch in dataloader:
+            if self.parts.interrupted():
+                raise Interrupted("The run was asked to end.")
+            targets += batch.pop("token_counts")[1]
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=one)
+            total += loss.detach().to(total.device, total.dtype)
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        model.train(was_training)
+        # On several ranks compute_loss multiplies by their number, to undo the mean that DDP takes of gradients.
+        total = total / max(self.args.world_size, 1)
+        if self.args.world_size > 1:
+            total = self.accelerator.reduce(total, "sum")
+        (all_targets,) = self._over_ranks(targets)
+        if not all_targets:
+            raise DataError("No row of the evaluation data has a trained token.", "Check the masks of the test data.")
+        mean = float(total) / all_targets
+        metrics = {f"{metric_key_prefix}_loss": mean, f"{metric_key_prefix}_ppl": perplexity(mean)}
+        rows = len(dataloader.dataset)  # type: ignore[arg-type]
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)  # type: ignore[arg-type]
+
+    # Figures
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and "train_runtime" not in logs:
+            if self._failed_losses is not None and int(self._failed_losses):
+                logs["loss"] = math.nan
+            self._failed_losses = None
+            tokens = self.state.num_input_tokens_seen
+            rate, per_step = self.clock.lap(tokens, self.state.global_step)
+            logs |= {
+                "ppl": perplexity(logs["loss"]),
+                "tokens": tokens,
+                "trained_tokens": self.trained_tokens,
+                "tokens_per_second": rate,
+                "seconds_per_step": per_step,
+                "peak_memory_gib": peak_memory_bytes() / 2**30,
+            }
+        super().log(logs, *args, **kwargs)
+
+    # Checkpoints
+
+    def run_state(self) -> RunState:
+        """Our own part of a checkpoint at the present step."""
+        parts = self.parts
+        return RunState(
+            run_id=parts.run_id,
+            step=self.state.global_step,
+            total_steps=parts.volume.total_steps,
+            steps_per_epoch=parts.volume.steps_per_epoch,
+            plan=parts.plan,
+            seed=self.args.seed,
+            ranks=self.args.world_size,
+            trained_tokens=self.trained_tokens,
+        )
+
+    def checkpoint_folder(self) -> Path:
+        """Where the checkpoint of the present step stands."""
+        return self.parts.output_dir / f"checkpoint-{self.state.global_step}"
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # It uploads from the folder in the background, so the folder has to have its final name.
+        if self._aside is not None:
+            self._to_push = checkpoint_folder
+        else:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Saves aside and publishes when whole. A save that fails for want of room is told, and training goes on."""
+        with self.clock.stopped():
+            aside = staging(self.parts.output_dir, self.state.global_step)
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
+            try:
+                self._aside = aside
+                try:
+                    super()._save_checkpoint(*args, **kwargs)
+                finally:
+                    self._aside = None
+                if self.args.should_save:
+                    self._publish(aside)
+            except (OSError, SafetensorError, RuntimeError) as error:
+                if not _is_disk_trouble(error):
+                    raise
+                shutil.rmtree(aside, ignore_errors=True)
+                warn(f"The checkpoint of step {self.state.global_step} could not be saved: {error}. Training goes on.")
+
+    def _publish(self, aside: Path) -> None:
+        parts, final = self.parts, self.checkpoint_folder()
+        written = aside / final.name
+        best = self.state.best_global_step
+        if best and (best == self.state.global_step or (parts.output_dir / f"checkpoint-{best}").exists()):
+            self.state.best_model_checkpoint = str(parts.output_dir / f"checkpoint-{best}")
+        self.state.save_to_json(str(written / "trainer_state.json"))
+        write_state(written, self.run_state())
+        publish(written, final)
+        shutil.rmtree(aside, ignore_errors=True)
+        rotate(parts.output_dir, parts.train.save_total_limit, self.state.best_model_checkpoint, parts.run_id)
+        if self._to_push is not None:
+            self._to_push = None
+            self._push_from_checkpoint(str(final))
+
+
+class CausalTrainer(TrainerMixin, Trainer):  # type: ignore[misc]
+    """The trainer of supervised fine-tuning."""
+
+
+def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+    """Cross-entropy of the next token, summed and divided by `num_items_in_batch`; for models that take no such number.
+
+    `labels` [B,T] are not shifted; logits [B,T,V] are taken from the outputs.
+    """
+    logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    targets = F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].reshape(-1).to(logits.device)
+    total = F.cross_entropy(logits.float().reshape(-1, logits.shape[-1]), targets, reduction="sum")
+    return total / ((targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that is too large for a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _is_disk_trouble(error: Exception) -> bool:
+    if isinstance(error, OSError | SafetensorError):
+        return True
+    return any(sign in str(error) for sign in ("PytorchStreamWriter", "inline_container", "No space left"))

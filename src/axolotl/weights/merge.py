@@ -1,0 +1,276 @@
+"""merge-lora: writes base model and adapter as one model, tensor by tensor, verified before it takes its place."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from axolotl.console import note, success, warn
+from axolotl.errors import ModelError, Problem
+from axolotl.model.adapter import load_adapter
+from axolotl.model.adapter_files import adapter_config, adapter_tensors, is_untrained
+from axolotl.model.embeddings import resize_embeddings, wanted_rows
+from axolotl.model.files import check_base_model, local_folder, read_weight_files
+from axolotl.model.load import align_special_tokens, load_model_config
+from axolotl.model.quantize import scheme_of
+from axolotl.model.tokenizer import explain_load_failure, load_tokenizer
+from axolotl.weights.card import model_card
+from axolotl.weights.folder import gigabytes, need_space, refuse_destination, replace, written_whole
+from axolotl.weights.quantized_base import round_trip, rounding_of_training
+from axolotl.weights.skeleton import NotLayerwiseError, Skeleton, why_not_layerwise
+from axolotl.weights.stream import Written, main_dtype, write_merged
+from axolotl.weights.tensors import DTYPES
+from axolotl.weights.verify import Check, Models, default_rows, verify_merge
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from axolotl.config.adapter import AdapterSection
+    from axolotl.config.model import ModelSection
+
+Base = Literal["full", "quantized"]
+Verify = Literal["auto", "logits", "layers", "off"]
+
+
+@dataclass
+class MergeReport:
+    """What a merge did."""
+
+    destination: Path
+    method: str
+    base: str
+    dtype: str
+    changed: int
+    tensors: int
+    bytes: int
+    seconds: float = 0.0
+    checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        plain = {k: v for k, v in vars(self).items() if k not in ("checks", "destination")}
+        return {"destination": str(self.destination), **plain, "checks": [c.as_dict() for c in self.checks]}
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that a merge starts from, read and checked."""
+
+    model: ModelSection
+    adapter: AdapterSection
+    folder: Path
+    adapter_dir: Path
+    peft_config: PeftConfig
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    rows: int
+    base: Base
+
+
+def merge(
+    model: ModelSection,
+    adapter: AdapterSection,
+    adapter_dir: Path,
+    destination: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    sample_rows: Sequence[Sequence[int]] = (),
+    stop_tokens: Sequence[str] = (),
+    base: Base = "full",
+    verify: Verify = "auto",
+) -> MergeReport:
+    """Merges the adapter of a folder into the base model and writes the result to `destination`.
+
+    The weights keep their number type and their division into files. An adapter that was trained on quantised weights
+    is merged into the full-precision ones (`base="full"`: nothing is lost by rounding, at the price of a small
+    difference from what was trained) or into the values that the quantised ones stood for (`"quantized"`).
+    `sample_rows` are token ids of the user's own rows for the comparison afterwards. `tokenizer`: the trained one,
+    where the adapter's folder does not hold it.
+
+    Raises ModelError for what does not fit together, for an adapter that changes no tensor, and for a result that
+    differs from base and adapter beyond tolerance (it is kept aside); EnvironmentProblem for a disk that is too small.
+    """
+    started = time.perf_counter()
+    job = _prepare(model, adapter, adapter_dir, tokenizer, base)
+    refuse_destination(destination, job.folder, adapter_dir)
+    if is_untrained(adapter_dir):
+        warn(f"The adapter `{adapter_dir}` was never trained: merging it changes nothing.")
+    need = _bytes_of(job.folder)
+    need_space(destination, int(need * 1.02) + 2**25, "The merged model")
+    note(f"Merging `{adapter_dir}` into `{model.base_model}`: {gigabytes(need)} will be written to `{destination}`.")
+    reason = "`merge_method: legacy`" if adapter.merge_method == "legacy" else why_not_layerwise(job.peft_config)
+    if reason is None and not list(job.folder.glob("*.safetensors")):
+        reason = "the base model has no safetensors files"
+    with written_whole(destination) as part:
+        written = None
+        if reason is None:
+            try:
+                written = _layer_by_layer(job, part, check=verify in ("layers", "auto"))
+            except NotLayerwiseError as error:
+                reason = str(error)
+                for file in part.iterdir():
+                    file.unlink()
+        report = MergeReport(destination, "layer by layer", base, "", 0, 0, 0)
+        if written is None:
+            if base == "quantized":
+                raise ModelError(f"The adapter cannot be merged into quantised weights: {reason}.",
+                                 "Merge it into the full-precision base.")
+            note(f"The whole model is merged in memory: {reason}.")
+            written, report.method = _in_memory(job, part), "in memory"
+        _save_beside(job, part, written, stop_tokens)
+        report.changed, report.tensors, report.bytes = written.changed, written.tensors, written.bytes
+        report.dtype = written.dtype
+        if verify != "off":
+            way = "logits" if report.method == "in memory" else verify
+            models = Models(job.folder, job.config, adapter_dir, part, job.rows, bool(model.trust_remote_code))
+            rounding = rounding_of_training(model, adapter)
+            report.checks = verify_merge(
+                models, written, sample_rows or default_rows(job.tokenizer), way, base == "quantized", rounding
+            )
+        (part / "README.md").write_text(
+            model_card(model.base_model, adapter_dir, job.peft_config, written.dtype, report.checks), encoding="utf-8"
+        )
+        _refuse_difference(report, part)
+    report.seconds = time.perf_counter() - started
+    success(
+        f"Merged {report.changed} of {report.tensors} tensors ({report.method}, {report.dtype}, "
+        f"{gigabytes(report.bytes)}) in {report.seconds:.1f} s: {destination}"
+    )
+    for check in report.checks:
+        note(str(check))
+    return report
+
+
+def base_folder(model: ModelSection) -> Path:
+    """The folder with the base model's files; a model of the Hub is fetched into the cache. Raises ModelError."""
+    problems = check_base_model(model)
+    if problems:
+        raise ModelError(problems)
+    folder = local_folder(model.base_model)
+    if folder is not None:
+        return folder
+    try:
+        return Path(
+            snapshot_download(
+                model.base_model,
+                revision=model.revision_of_model,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"],
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(explain_load_failure(error, "base_model", model.base_model, "weights")) from error
+
+
+def _prepare(
+    model: ModelSection,
+    adapter: AdapterSection,
+    adapter_dir: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    base: Base,
+) -> _Job:
+    peft_config = adapter_config(adapter_dir)
+    adapter_tensors(adapter_dir, allow_pickle=bool(model.trust_remote_code))
+    folder = base_folder(model)
+    config = load_model_config(model)
+    scheme = scheme_of(config)
+    if scheme is not None:
+        raise ModelError(
+            Problem(
+                f"`base_model: {model.base_model}` holds {scheme} weights, into which nothing can be merged.",
+                "Name the full-precision model that they were made from: --base-model ...",
+                "model", ("base_model",),
+            )
+        )
+    tokenizer = tokenizer or load_tokenizer(model, adapter_dir)
+    before = int(config.get_text_config().vocab_size)
+    rows = wanted_rows(model, len(tokenizer), before, adapter_dir)
+    return _Job(model, adapter, folder, adapter_dir, peft_config, config, tokenizer, rows, base)
+
+
+def _bytes_of(folder: Path) -> int:
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
+    return sum(f.stat().st_size for f in files)
+
+
+def _layer_by_layer(job: _Job, part: Path, check: bool) -> Written:
+    files = read_weight_files(job.folder)
+    skeleton = Skeleton(job.config, job.peft_config, job.adapter_dir, job.rows)
+    transform = round_trip(job.model, job.adapter) if job.base == "quantized" else None
+    return write_merged(files, skeleton, part, job.rows, transform=transform, check=check)
+
+
+def _in_memory(job: _Job, part: Path) -> Written:
+    """The way for adapters that PEFT merges only as a whole."""
+    options: dict[str, Any] = {"trust_remote_code": True} if job.model.trust_remote_code else {}
+    base = AutoModelForCausalLM.from_pretrained(job.folder, config=job.config, dtype="auto", **options)
+    resize_embeddings(base, job.rows)
+    adapted = load_adapter(base, job.adapter_dir, allow_pickle=bool(job.model.trust_remote_code))
+    changed = sum(isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for m in adapted.modules())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            merged = adapted.merge_and_unload(safe_merge=True)
+    except (ValueError, NotImplementedError, AttributeError, RuntimeError) as error:
+        raise ModelError(
+            f"PEFT cannot merge this adapter: {str(error).splitlines()[0]}",
+            "Use it unmerged: axolotl inference --lora-model-dir ...",
+        ) from error
+    merged.save_pretrained(part, max_shard_size="5GB")
+    files = read_weight_files(part)
+    dtype = str(DTYPES[main_dtype(files)]).removeprefix("torch.")
+    tied = bool(merged.config.tie_word_embeddings)
+    return Written(changed, sum(map(len, files.shards.values())), files.total_bytes, dtype, tied)
+
+
+def _save_beside(job: _Job, part: Path, written: Written, stop_tokens: Sequence[str]) -> None:
+    """Configuration, generation configuration, tokenizer with its chat template, and the code a model brings."""
+    config = copy.deepcopy(job.config)
+    config.get_text_config().vocab_size = job.rows
+    for each in {id(c): c for c in (config, config.get_text_config())}.values():
+        if each.tie_word_embeddings and not written.tied:
+            each.tie_word_embeddings = False
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(config)
+    if (job.folder / "generation_config.json").is_file():
+        shell.generation_config = GenerationConfig.from_pretrained(job.folder)
+    align_special_tokens(shell, job.tokenizer, stop_tokens)
+    shell.config.use_cache = True
+    shell.config.architectures = shell.config.architectures or [type(shell).__name__]
+    shell.config.save_pretrained(part)
+    # A model's own sampling values may contradict one another; they are the base's and kept as they are.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            shell.generation_config.save_pretrained(part)
+        except ValueError:
+            shell.generation_config.do_sample = True
+            shell.generation_config.save_pretrained(part)
+    job.tokenizer.save_pretrained(part)
+    for pattern in ("*.py", "preprocessor_config.json", "processor_config.json"):
+        for file in job.folder.glob(pattern):
+            shutil.copy2(file, part / file.name)
+
+
+def _refuse_difference(report: MergeReport, part: Path) -> None:
+    failed = [c for c in report.checks if c.binding and not c.passed]
+    if not failed:
+        return
+    aside = report.destination.with_name(f"{report.destination.name}-unverified")
+    replace(part, aside)
+    raise ModelError(
+        f"The merged model differs from base and adapter beyond tolerance. {'; '.join(map(str, failed))}.",
+        f"It was kept in `{aside}`. Merge in float32, or use the adapter unmerged.",
+    )
