@@ -22,7 +22,11 @@ def llama3() -> PreTrainedTokenizerFast:
 def alpaca(count: int, words: int = 3) -> list[dict[str, str]]:
     """Rows that all differ, of different lengths."""
     return [
-        {"instruction": f"Count to {i}", "input": "", "output": " ".join(str(i + k) for k in range(words + i % 5))}
+        {
+            "instruction": f"Count to {i}",
+            "input": "",
+            "output": " ".join(str(i + k) for k in range(words + i % 5)),
+        }
         for i in range(count)
     ]
 

@@ -26,12 +26,10 @@ def test_sections_share_no_key() -> None:
     assert not OLD_KEYS & set(keys), "a key of today is listed among the old ones"
 
 
-@pytest.mark.parametrize("key", REFERENCE)
-def test_every_key_of_the_reference_has_a_home(key: str) -> None:
-    if "." in key:
-        assert key in {n.dotted for n in nested()} | OLD_IN_ENTRIES
-    else:
-        assert key in owners() or key in OLD_KEYS
+def test_every_key_of_the_reference_has_a_home() -> None:
+    homes = {*owners(), *OLD_KEYS, *(n.dotted for n in nested()), *OLD_IN_ENTRIES}
+    assert len(REFERENCE) > 700
+    assert [key for key in REFERENCE if key not in homes] == []
 
 
 def test_every_key_has_one_line_of_meaning() -> None:

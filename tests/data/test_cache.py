@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from preparing import alpaca, llama3, section, write_rows
 
 from axolotl.data import cache
 from axolotl.data.prepare import prepare
-from axolotl.data.sources import FileSource
+from axolotl.data.readers import Reader
+from preparing import alpaca, llama3, section, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,9 @@ def data_file(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "a.jsonl", alpaca(12))
 
 
-def test_the_second_time_it_is_found(tmp_path: Path, data_file: Path, tokenizer: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_second_time_it_is_found(
+    tmp_path: Path, data_file: Path, tokenizer: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     first = prepare(section(data_file, folder=tmp_path / "p"), tokenizer)
     capfd.readouterr()
     second = prepare(section(data_file, folder=tmp_path / "p"), tokenizer)
@@ -63,13 +65,18 @@ def test_what_only_orders_rows_needs_no_new_preparation(
         ({"sequence_len": 300}, "`sequence_len` was 256, is now 300"),
         ({"train_on_inputs": True}, "`train_on_inputs` was not set, is now true"),
         ({"min_sample_len": 5}, "`min_sample_len` was not set, is now 5"),
-        ({"excess_length_strategy": "truncate"}, "`excess_length_strategy` was not set, is now \"truncate\""),
+        ({"excess_length_strategy": "truncate"}, '`excess_length_strategy` was not set, is now "truncate"'),
         ({"dataset_exact_deduplication": True}, "`dataset_exact_deduplication`"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
 def test_an_option_that_changes_rows_is_named(
-    tmp_path: Path, data_file: Path, tokenizer: Any, options: dict[str, Any], told: str, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    data_file: Path,
+    tokenizer: Any,
+    options: dict[str, Any],
+    told: str,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     prepare(section(data_file, folder=tmp_path / "p"), tokenizer)
     capfd.readouterr()
@@ -92,13 +99,17 @@ def test_new_content_is_noticed_whatever_the_time_stamp(
     assert f"the content of {data_file} changed" in capfd.readouterr().err
 
 
-def test_a_touched_file_with_the_same_content_is_found(tmp_path: Path, data_file: Path, tokenizer: Any) -> None:
+def test_a_touched_file_with_the_same_content_is_found(
+    tmp_path: Path, data_file: Path, tokenizer: Any
+) -> None:
     prepare(section(data_file, folder=tmp_path / "p"), tokenizer)
     os.utime(data_file)
     assert prepare(section(data_file, folder=tmp_path / "p"), tokenizer).reused
 
 
-def test_another_tokenizer_is_noticed(tmp_path: Path, data_file: Path, tokenizer: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_another_tokenizer_is_noticed(
+    tmp_path: Path, data_file: Path, tokenizer: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     prepare(section(data_file, folder=tmp_path / "p"), tokenizer)
     for change in ({"eos_token": "<|eot_id|>"}, {"additional_special_tokens": ["<extra>"]}):
         other = llama3()
@@ -113,7 +124,9 @@ def test_a_template_file_and_own_code_are_part_of_the_key(
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     path = write_rows(tmp_path / "chat.jsonl", [{"messages": messages}] * 3)
     template = tmp_path / "mine.jinja"
-    template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}")
+    template.write_text(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    )
     options: dict[str, Any] = {
         "datasets": [{"path": str(path), "type": "chat_template"}],
         "chat_template": "jinja",
@@ -146,9 +159,7 @@ def test_unrelated_data_in_the_folder_is_not_called_a_change(
 
 
 @pytest.mark.parametrize("damage", ["shard", "torn", "manifest", "state"])
-def test_damaged_data_is_prepared_again(
-    tmp_path: Path, data_file: Path, tokenizer: Any, damage: str
-) -> None:
+def test_damaged_data_is_prepared_again(tmp_path: Path, data_file: Path, tokenizer: Any, damage: str) -> None:
     first = prepare(section(data_file, folder=tmp_path / "p"), tokenizer)
     shard = next(first.train.glob("*.arrow"))
     if damage == "shard":
@@ -174,24 +185,21 @@ def test_a_stale_lock_file_holds_nobody_up(tmp_path: Path, data_file: Path, toke
     assert sorted(p.name for p in (tmp_path / "p").iterdir()) == [name]
 
 
-def test_large_files_are_not_hashed_twice(tmp_path: Path, data_file: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_are_not_hashed_twice(
+    tmp_path: Path, data_file: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache, "_LARGE", 1)
     monkeypatch.setattr(cache, "_SETTLED_NS", 0)
-    hashed = []
     data = section(data_file, folder=tmp_path / "p")
     prepare(data, tokenizer)
-    from_reader = FileSource.fingerprint_parts
-    source_readers: list[Any] = []
+    hashed: list[str] = []
+    fingerprint = Reader.fingerprint
 
-    def digests(source: FileSource, root: Path) -> dict[str, str]:
-        for reader in source.readers:
-            real = reader.fingerprint
-            monkeypatch.setattr(reader, "fingerprint", lambda real=real: hashed.append(1) or real(), raising=False)
-            source_readers.append(reader)
-        return remembered(source, root)
+    def counted(reader: Reader) -> str:
+        hashed.append(reader.label)
+        return fingerprint(reader)
 
-    remembered = cache.content_digests
-    monkeypatch.setattr(cache, "content_digests", digests)
+    monkeypatch.setattr(Reader, "fingerprint", counted)
     assert prepare(data, tokenizer).reused
     assert not hashed
     before = data_file.stat()
@@ -199,12 +207,12 @@ def test_large_files_are_not_hashed_twice(tmp_path: Path, data_file: Path, token
     os.utime(data_file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert not prepare(data, tokenizer).reused
     assert hashed
-    assert from_reader is FileSource.fingerprint_parts
-    assert source_readers
 
 
 def test_the_manifest_names_the_parts(tmp_path: Path, data_file: Path, tokenizer: Any) -> None:
     prepared = prepare(section(data_file, folder=tmp_path / "p"), tokenizer)
     parts = json.loads((prepared.root / "manifest.json").read_text())["parts"]
     assert cache.fingerprint(parts) == prepared.fingerprint
-    assert {"the tokenizer", "`sequence_len`", "`datasets[0].type`", f"the content of {data_file}"} <= set(parts)
+    assert {"the tokenizer", "`sequence_len`", "`datasets[0].type`", f"the content of {data_file}"} <= set(
+        parts
+    )

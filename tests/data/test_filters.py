@@ -27,7 +27,8 @@ def filtered(pieces: list[list[Rendered]], limits: Limits) -> FilteredRows:
 
 def outcomes(rows: FilteredRows) -> list[tuple[str, str]]:
     return [
-        (Outcome(o).word, Reason(r).text) for o, r in zip(rows.ledger.outcome, rows.ledger.reason, strict=True)
+        (Outcome(o).word, Reason(r).text)
+        for o, r in zip(rows.ledger.outcome, rows.ledger.reason, strict=True)
     ]
 
 
@@ -43,7 +44,9 @@ def test_both_ends_of_the_limits_are_kept() -> None:
 
 
 def test_rows_without_a_trained_token_are_dropped() -> None:
-    rows = filtered([[rendered(5, trained_from=5)], [rendered(5, trained_from=4)], [Rendered([], [])], []], Limits(2, 8))
+    rows = filtered(
+        [[rendered(5, trained_from=5)], [rendered(5, trained_from=4)], [Rendered([], [])], []], Limits(2, 8)
+    )
     assert rows.owner.tolist() == [1]
     assert rows.trained.tolist() == [1]
     assert outcomes(rows)[0] == ("dropped", "nothing in it is trained")
@@ -79,7 +82,10 @@ def test_a_row_of_several_pieces_is_split_even_if_one_is_too_short() -> None:
 
 
 def test_dropping_duplicates_keeps_the_ledger_right() -> None:
-    rows = filtered([[rendered(4)], [rendered(8), rendered(8, first=50)], [rendered(4)], [rendered(12)]], Limits(2, 10, "truncate"))
+    rows = filtered(
+        [[rendered(4)], [rendered(8), rendered(8, first=50)], [rendered(4)], [rendered(12)]],
+        Limits(2, 10, "truncate"),
+    )
     rows = drop_rows(rows, np.array([False, True, False, True, False]), Reason.DUPLICATE)
     assert outcomes(rows) == [
         ("kept", ""),

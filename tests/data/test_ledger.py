@@ -25,7 +25,9 @@ def some_rows() -> LedgerRows:
         files=["b.jsonl", "a.jsonl"],
         file=np.array([0, 0, 1, 1, 1], np.int32),
         row=np.array([7, 9, 1, 2, 3], np.int64),
-        outcome=np.array([Outcome.KEPT, Outcome.DROPPED, Outcome.SPLIT, Outcome.TRUNCATED, Outcome.DROPPED], np.int8),
+        outcome=np.array(
+            [Outcome.KEPT, Outcome.DROPPED, Outcome.SPLIT, Outcome.TRUNCATED, Outcome.DROPPED], np.int8
+        ),
         reason=np.array([Reason.NONE, Reason.LONG, Reason.NONE, Reason.LONG, Reason.DUPLICATE], np.int8),
         tokens=np.array([10, 99, 30, 20, 5], np.int64),
         trained=np.array([4, 0, 30, 8, 0], np.int64),
@@ -70,7 +72,15 @@ def test_the_summary_names_every_loss() -> None:
     counts = Counts()
     counts.add(some_rows())
     (line,) = summary_lines([DatasetSummary("train", 0, "a.jsonl", "alpaca", counts)])
-    for part in ("a.jsonl", "5 rows", "1 truncated", "1 split", "1 dropped (duplicate)", "57 tokens", "42 trained (74%)"):
+    for part in (
+        "a.jsonl",
+        "5 rows",
+        "1 truncated",
+        "1 split",
+        "1 dropped (duplicate)",
+        "57 tokens",
+        "42 trained (74%)",
+    ):
         assert part in line
     again = DatasetSummary.from_dict(DatasetSummary("train", 0, "a.jsonl", "alpaca", counts).as_dict())
     assert again.counts == counts

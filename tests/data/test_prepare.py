@@ -18,13 +18,13 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_from_disk
-from preparing import alpaca, content, in_child, llama3, section, write_rows
 
 from axolotl.data import prepare as preparing_module
 from axolotl.data import shards, workers
 from axolotl.data.prepare import prepare
 from axolotl.data.prepared import Prepared
 from axolotl.errors import DataError, EnvironmentProblem, Place
+from preparing import alpaca, content, in_child, llama3, section, write_rows
 
 
 @pytest.fixture
@@ -80,13 +80,17 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, tokenizer: A
 
 def test_a_worker_is_light() -> None:
     code = "import sys, axolotl.data.workers; print(*{m.split('.')[0] for m in sys.modules})"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert not {"torch", "transformers", "datasets", "pandas"} & set(loaded)
 
 
 @pytest.mark.usefixtures("small_shards")
 @pytest.mark.parametrize("moment", ["first", "fifth", "torn", "manifest", "renaming", "revealing"])
-def test_a_killed_preparation_goes_on(tmp_path: Path, tokenizer: Any, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_preparation_goes_on(
+    tmp_path: Path, tokenizer: Any, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGKILL at any moment: nothing looks finished, and the next run ends with the same bytes as an undisturbed one."""
     paths = [write_rows(tmp_path / f"{n}.jsonl", alpaca(100, words=n)) for n in (2, 3)]
     test_set = [{"path": str(paths[0]), "type": "alpaca"}]
@@ -118,7 +122,11 @@ def test_a_killed_preparation_goes_on(tmp_path: Path, tokenizer: Any, moment: st
 
         monkeypatch.setattr(shards.PartWriter, "close", closing)
         monkeypatch.setattr(shards.PartWriter, "add", adding)
-        for name, when in (("_write_manifest", "manifest"), ("reveal", "renaming"), ("sync_folder", "revealing")):
+        for name, when in (
+            ("_write_manifest", "manifest"),
+            ("reveal", "renaming"),
+            ("sync_folder", "revealing"),
+        ):
             if moment == when:
                 monkeypatch.setattr(preparing_module, name, die)
         prepare(data, tokenizer, workers=1)
@@ -127,22 +135,29 @@ def test_a_killed_preparation_goes_on(tmp_path: Path, tokenizer: Any, moment: st
     assert not [state for state in finished(tmp_path / "p") if moment != "revealing"]
     read = []
     batches = preparing_module._chunks
-    monkeypatch.setattr(preparing_module, "_chunks", lambda source, start: read.append(start) or batches(source, start))
+    monkeypatch.setattr(
+        preparing_module, "_chunks", lambda source, start: read.append(start) or batches(source, start)
+    )
     prepared = prepare(data, tokenizer, workers=1)
     assert content(prepared.root) == content(undisturbed.root)
-    assert read == {
-        "first": [32, 0, 0],
-        "fifth": [32, 0],  # four shards of the first dataset, one of the second
-        "torn": [64, 0, 0],
-        "manifest": [],
-        "renaming": [],
-        "revealing": [],
-    }[moment]
+    assert (
+        read
+        == {
+            "first": [32, 0, 0],
+            "fifth": [32, 0],  # four shards of the first dataset, one of the second
+            "torn": [64, 0, 0],
+            "manifest": [],
+            "renaming": [],
+            "revealing": [],
+        }[moment]
+    )
     assert sorted(p.name for p in prepared.root.parent.iterdir()) == [prepared.fingerprint]
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_a_full_disk_is_told_and_what_is_finished_is_kept(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told_and_what_is_finished_is_kept(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_rows(tmp_path / "a.jsonl", alpaca(200))
     data = section(path, folder=tmp_path / "p")
     add, calls = shards.PartWriter.add, iter(range(100))
@@ -159,7 +174,9 @@ def test_a_full_disk_is_told_and_what_is_finished_is_kept(tmp_path: Path, tokeni
     assert not finished(tmp_path)
     assert len(list(tmp_path.rglob("part-*.arrow"))) == 3, "the torn shard is gone"
     prepared = prepare(data, tokenizer, workers=1)
-    assert content(prepared.root) == content(prepare(section(path, folder=tmp_path / "q"), tokenizer, workers=1).root)
+    assert content(prepared.root) == content(
+        prepare(section(path, folder=tmp_path / "q"), tokenizer, workers=1).root
+    )
 
 
 def test_a_real_limit_on_file_size_is_told(tmp_path: Path, tokenizer: Any) -> None:
@@ -182,7 +199,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, tokenizer: Any) -> None
         prepare(section(path, folder=Path("/proc/nothing/here")), tokenizer)
 
 
-def test_two_processes_at_once_prepare_once(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_at_once_prepare_once(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_rows(tmp_path / "a.jsonl", alpaca(200))
     data = section(path, folder=tmp_path / "p")
     log = tmp_path / "log"
@@ -277,7 +296,9 @@ def test_too_long_rows_are_named_when_that_is_an_error(tmp_path: Path, tokenizer
         prepare(data, tokenizer)
 
 
-def test_a_format_that_raises_is_told_with_the_row(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_format_that_raises_is_told_with_the_row(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = tmp_path / "our_format.py"
     module.write_text(
         "from axolotl.data.types import Completion\n"
@@ -311,7 +332,9 @@ def test_too_many_dropped_rows_fail_the_run(tmp_path: Path, tokenizer: Any) -> N
         prepare(strict, tokenizer)
 
 
-def test_a_file_that_changes_while_it_is_read(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changes_while_it_is_read(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_rows(tmp_path / "a.jsonl", alpaca(20))
     real = preparing_module._prepare_set
 
@@ -354,7 +377,9 @@ def test_few_results_wait_in_memory(tokenizer: Any, tmp_path: Path, monkeypatch:
 
 def test_completions_are_split_and_the_ledger_says_so(tmp_path: Path, tokenizer: Any) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"text": "word " * 300}, {"text": "short"}])
-    data = section(folder=tmp_path / "p", datasets=[{"path": str(path), "type": "completion"}], sequence_len=64)
+    data = section(
+        folder=tmp_path / "p", datasets=[{"path": str(path), "type": "completion"}], sequence_len=64
+    )
     prepared = prepare(data, tokenizer)
     first, second = pq.read_table(prepared.ledger).to_pylist()
     assert (first["outcome"], second["outcome"]) == ("split", "kept")
@@ -367,7 +392,9 @@ def test_test_sets_have_their_own_folders_and_length(tmp_path: Path, tokenizer: 
     test = write_rows(tmp_path / "b.jsonl", alpaca(6, words=60))
     other = write_rows(tmp_path / "c.jsonl", alpaca(4))
     entries = [{"path": str(p), "type": "alpaca"} for p in (test, other)]
-    data = section(train, folder=tmp_path / "p", sequence_len=100, eval_sequence_len=500, test_datasets=entries)
+    data = section(
+        train, folder=tmp_path / "p", sequence_len=100, eval_sequence_len=500, test_datasets=entries
+    )
     prepared = prepare(data, tokenizer)
     assert [len(load_from_disk(str(p))) for p in prepared.tests] == [6, 4]
     evaluation = prepared.eval_dataset()

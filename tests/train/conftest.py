@@ -36,6 +36,7 @@ def config(tmp_path: Path, tiny_llama3: Path) -> Callable[..., Config]:
             "learning_rate": 1e-2,
             "sequence_len": 64,
             "save_strategy": "no",
+            "val_set_size": 0.1,
         } | keys
         file = tmp_path / "config.yml"
         file.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))

@@ -51,7 +51,7 @@ def test_a_resumed_run_is_bit_identical(trainer, case, tmp_path):
     through = trainer(tiny_model(**build), data, held_out, output_dir=str(tmp_path / "through"), **keys)
     train(through, through.cfg)
     folder = tmp_path / "through" / "checkpoint-4"
-    assert through.state.global_step > 8
+    assert through.state.global_step > 5
     # Another seed: nothing of the fresh model may survive in the resumed one.
     again = trainer(
         tiny_model(**build, seed=1), data, held_out, folder, output_dir=str(tmp_path / "again"), **keys

@@ -90,7 +90,6 @@ LEFTOVER = {
     "is_preprocess": "the command decides that",
     "preprocess_iterable": "`streaming` decides that",
     "axolotl_config_path": "the command line decides that",
-    "lr_div_factor": "the schedule's own factor is used; set it in `lr_scheduler_kwargs`",
 }
 
 # Values that are called otherwise today.

@@ -173,6 +173,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+        described = [
+            f"{name}/{file}" for name in manifest["sets"] for file in ("state.json", "dataset_info.json")
+        ]
+        whole = whole and all((folder / name).is_file() for name in [*described, "ledger.parquet"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return manifest if whole else None

@@ -111,7 +111,6 @@ def render_report(prepared: Prepared, tokenizer: Any) -> str:
         mixture=bars(
             [Bar(s.name, s.counts.tokens, s.counts.trained_tokens) for s in train if s.counts.tokens],
         ),
-        weights=[e.weight if hasattr(e, "weight") else None for e in prepared.data.datasets],
         train_rows=len(prepared.mixture.train),
         held_out=len(prepared.mixture.held_out),
         histogram=_length_histogram(ledger, sequence_len),
@@ -143,8 +142,13 @@ def read_ledger(prepared: Prepared) -> LedgerView:
     found: dict[tuple[str, int, str, str], list[Any]] = {}
     lengths, lost = [], []
     for batch in pq.ParquetFile(prepared.ledger).iter_batches(1 << 16):
-        table = {c: batch.column(c).to_numpy(zero_copy_only=False) for c in ("tokens", "dataset", "cut_tokens", "row")}
-        words = {c: np.asarray(batch.column(c).to_pylist(), object) for c in ("set", "outcome", "reason", "file")}
+        table = {
+            c: batch.column(c).to_numpy(zero_copy_only=False)
+            for c in ("tokens", "dataset", "cut_tokens", "row")
+        }
+        words = {
+            c: np.asarray(batch.column(c).to_pylist(), object) for c in ("set", "outcome", "reason", "file")
+        }
         about = (words["set"] == "train") & np.isin(words["reason"], ["", *_ABOUT_LENGTH])
         lengths.append(table["tokens"][about])
         lost.append(words["reason"][about] != "")
@@ -233,7 +237,9 @@ def look_at_tokens(prepared: Prepared, tokenizer: Any) -> TokenLook:
             here = np.isin(watched, values)
             if here.any():
                 counts[0][here] += times[np.searchsorted(values, watched[here])]
-                trained = np.bincount(np.searchsorted(watched, t := ids[(labels >= 0) & np.isin(ids, watched)]))
+                trained = np.bincount(
+                    np.searchsorted(watched, t := ids[(labels >= 0) & np.isin(ids, watched)])
+                )
                 counts[1][: len(trained)] += trained if len(t) else 0
                 counts[2] += here
             if len(ids) >= 32:

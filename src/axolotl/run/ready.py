@@ -1,25 +1,29 @@
-"""What every verb does first: look at the machine, fill automatic values, tell every mistake before any work."""
+"""What every verb does first: fill automatic values, show warnings, tell every mistake before any work."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from axolotl import console
-from axolotl.config import Config
-from axolotl.config.resolve import Hardware, resolve
+from axolotl.config import Config, Hardware, resolve
 from axolotl.errors import ConfigError, DataError, EnvironmentProblem, ModelError, Problem, UserError
-from axolotl.plan.check import component_problems
 
-_ERRORS: dict[str, type[UserError]] = {"data": DataError, "model": ModelError, "environment": EnvironmentProblem}
+_ERRORS: dict[str, type[UserError]] = {
+    "data": DataError,
+    "model": ModelError,
+    "environment": EnvironmentProblem,
+    "path": EnvironmentProblem,
+}
 
 
 def ready(cfg: Config, hardware: Hardware) -> Config:
-    """The config with automatic values filled in. Raises a UserError with all mistakes that need no work to be seen."""
-    refuse([*cfg.warnings, *component_problems(cfg)])
+    """The config with automatic values filled in; its warnings are shown."""
+    refuse(cfg.warnings)
     resolved, changes = resolve(cfg, hardware)
     for change in changes:
-        if change.reason and not cfg.is_set(change.key):
-            console.detail(f"{change.key}: {change.value} ({change.reason})")
+        console.detail(f"{change.key}: {change.value} ({change.reason})")
     return resolved
 
 
@@ -32,3 +36,33 @@ def refuse(problems: Sequence[Problem]) -> None:
     if fatal:
         kinds = {p.kind for p in fatal}
         raise (_ERRORS.get(kinds.pop(), ConfigError) if len(kinds) == 1 else ConfigError)(fatal)
+
+
+def check_output(cfg: Config) -> list[Problem]:
+    """Whether output_dir can be written, without writing anything."""
+    folder = Path(cfg.output.output_dir).expanduser()
+    reason = ""
+    for there in (folder, *folder.absolute().parents):
+        if there.exists():
+            if not there.is_dir():
+                reason = f"`{there}` is a file"
+            elif not os.access(there, os.W_OK | os.X_OK) or not _takes_folders(there, folder):
+                reason = f"`{there}` is not writable"
+            break
+    if not reason:
+        return []
+    message = f"`output_dir: {cfg.output.output_dir}` cannot be written: {reason}."
+    return [cfg.problem(message, "Choose another folder.", "output_dir", kind="path")]
+
+
+def _takes_folders(there: Path, folder: Path) -> bool:
+    """True where a folder can be made in `there`; access rights do not tell for /proc and read-only mounts."""
+    if there == folder and os.statvfs(there).f_flag & os.ST_RDONLY == 0:
+        return True
+    probe = there / f".axolotl-probe-{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError:
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
@@ -19,6 +21,7 @@ from axolotl.data.packing import Order, Plan, Volume, pack, plan_epochs, single_
 from axolotl.model.attention import AttentionChoice
 from axolotl.train.rows import TokenRows
 
+SAMPLED = 512  # rows whose content goes into a digest
 Collator = Callable[[Sequence[Sequence[Row]]], Batch]
 
 
@@ -86,6 +89,16 @@ class BatchSource:
             max_steps=train.max_steps,
             drop_last=bool(train.dataloader_drop_last),
         )
+
+    def digest(self) -> str:
+        """A hash of the first epoch: rows, their lengths, a sample of their tokens, and how they are batched."""
+        sha = hashlib.sha256(self.plan_of(0).digest().encode())
+        sha.update(np.ascontiguousarray(self.rows.lengths).tobytes())
+        for i in range(0, len(self.rows), max(1, len(self.rows) // SAMPLED)):
+            for part in self.rows.row(i):
+                sha.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
+        sha.update(f"{self.bins_per_batch}".encode())
+        return sha.hexdigest()[:16]
 
     def loader(self, train: TrainSection, rank: int = 0, ranks: int = 1, *, evaluation: bool = False) -> DataLoader[Any]:
         """The data loader of one rank."""

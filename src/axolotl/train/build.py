@@ -101,7 +101,7 @@ def build_trainer(
         cadence=cadence,
         output_dir=output_dir,
         run_id=_run_id(output_dir, resume),
-        plan=batches.plan_of(0).digest(),
+        plan=batches.digest(),
         autocast=torch.bfloat16 if cfg.model.bf16 in (True, "full") else None,
         offload=bool(cfg.train.activation_offloading),
         interrupted=signals,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from axolotl.config.rules import adapter, data, devices, loss, plugins, schedule
-from axolotl.config.rules.rule import RULES, Rule, broken_rules, rule
+from axolotl.config.rules.rulebook import RULES, Rule, broken_rules, rule
 
 __all__ = [
     "RULES",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from axolotl.config.config import Config
-from axolotl.config.rules.rule import TRAINING, conflict, rule, warning
+from axolotl.config.rules.rulebook import TRAINING, conflict, rule, warning
 from axolotl.errors import Problem
 
 _TRAINS = ("train", "check")

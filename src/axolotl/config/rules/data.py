@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from axolotl.config.config import Config
 from axolotl.config.datasets import DatasetEntry
-from axolotl.config.rules.rule import TRAINING, conflict, rule, warning
+from axolotl.config.rules.rulebook import TRAINING, conflict, rule, warning
 from axolotl.errors import Problem
 
 # What only conversations have; a format that reads plain columns cannot use it.

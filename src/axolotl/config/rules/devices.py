@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from axolotl.config.config import Config
 from axolotl.config.rules.loss import fsdp_version
-from axolotl.config.rules.rule import conflict, rule, warning
+from axolotl.config.rules.rulebook import conflict, rule, warning
 from axolotl.errors import Problem
 
 _8BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
@@ -60,7 +60,9 @@ def one_version_of_fsdp(cfg: Config) -> Iterator[Problem]:
             "fsdp_config.fsdp_version",
         )
     elif fsdp_version(cfg) == 1:
-        yield warning("Version 1 of FSDP is old.", "Write `fsdp_version: 2`.", "fsdp_version", "fsdp_config")
+        yield warning(
+            "`fsdp_version` 1 is the old FSDP.", "Write `fsdp_version: 2`.", "fsdp_version", "fsdp_config"
+        )
 
 
 @rule("fsdp_config")

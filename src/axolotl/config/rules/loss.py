@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from axolotl.config.config import Config
 from axolotl.config.keys import did_you_mean, nearest
-from axolotl.config.rules.rule import conflict, rule, warning
+from axolotl.config.rules.rulebook import conflict, rule, warning
 from axolotl.errors import Problem
 
 ATTENTION = (

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from axolotl.config.config import Config
 from axolotl.config.plugins import complaint
-from axolotl.config.rules.rule import rule
+from axolotl.config.rules.rulebook import rule
 from axolotl.errors import Problem
 
 

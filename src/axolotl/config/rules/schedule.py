@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from axolotl.config.config import Config
-from axolotl.config.rules.rule import TRAINING, conflict, rule, warning
+from axolotl.config.rules.rulebook import TRAINING, conflict, rule, warning
 from axolotl.errors import Problem
 
 _TRAINS = ("train", "check")
@@ -223,7 +223,16 @@ def evaluation_needs_rows(cfg: Config) -> Iterator[Problem]:
         yield conflict("`eval_steps` has nothing to evaluate on.", remedy, "eval_steps", "val_set_size")
 
 
-@rule("early_stopping_patience", "load_best_model_at_end", "save_strategy", "val_set_size", verbs=_TRAINS)
+@rule(
+    "early_stopping_patience",
+    "load_best_model_at_end",
+    "save_strategy",
+    "save_steps",
+    "eval_steps",
+    "metric_for_best_model",
+    "val_set_size",
+    verbs=_TRAINS,
+)
 def the_best_needs_evaluation(cfg: Config) -> Iterator[Problem]:
     """Which checkpoint is best shows in the evaluation."""
     train = cfg.train

@@ -1,0 +1,58 @@
+"""`axolotl evaluate`: loss, perplexity and exact match of the trained model on held-out rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from axolotl import console
+from axolotl.config import Config
+from axolotl.distributed.world import detect_hardware
+from axolotl.errors import DataError
+from axolotl.inference.evaluate import evaluate_loss, exact_match
+from axolotl.inference.loading import load_trained
+from axolotl.run.preprocess import prepare_data
+from axolotl.run.ready import ready
+
+
+def evaluate(cfg: Config, *, answers: bool = False, max_rows: int | None = None, untrained: bool = False) -> dict[str, Any]:
+    """Evaluates on test_datasets, else on the rows that val_set_size holds out. Returns the figures.
+
+    They are printed as one JSON line and written to `{output_dir}/evaluation.json`. `answers` also lets the model answer
+    every row and compares (exact match; the rows go to evaluation.csv). Without trained weights this is an error,
+    unless `untrained` says that the base model is meant. Raises DataError where nothing is held out.
+    """
+    hardware = detect_hardware()
+    cfg = ready(cfg, hardware)
+    output_dir = Path(cfg.output.output_dir)
+    loaded = load_trained(
+        cfg.model, cfg.adapter, cfg.data, hardware, output_dir, require_training=not untrained
+    )
+    rows = prepare_data(cfg, loaded.tokenizer).eval_dataset()
+    if rows is None or not len(rows):
+        raise DataError(
+            "there are no held-out rows to evaluate on.",
+            "Set `val_set_size` (for example 0.05), or name files under `test_datasets`.",
+        )
+    loss = evaluate_loss(loaded.model, rows)
+    figures: dict[str, Any] = {
+        "model": loaded.source,
+        "loss": round(loss.loss, 6),
+        "perplexity": round(loss.perplexity, 6),
+        "tokens": loss.tokens,
+        "rows": loss.rows,
+    }
+    if answers:
+        match = exact_match(loaded.model, loaded.tokenizer, rows, loaded.stops, max_rows=max_rows)
+        figures |= {"exact_match": round(match.share, 6), "matches": match.matches, "asked": match.rows}
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with (output_dir / "evaluation.csv").open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["prompt", "expected", "answer", "match"])
+            table.writerows([s.prompt, s.expected, s.answer, s.match] for s in match.samples)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    console.out(json.dumps(figures))
+    return figures

@@ -1,0 +1,51 @@
+"""`axolotl inference`: one question, many rows, a conversation, or a page in the browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from axolotl.config import Config
+from axolotl.distributed.world import detect_hardware
+from axolotl.errors import ConfigError
+from axolotl.inference.batch import run_batch
+from axolotl.inference.chat import run_chat
+from axolotl.inference.generate import Sampling
+from axolotl.inference.loading import load_trained
+from axolotl.inference.once import answer_once, read_question
+from axolotl.inference.ui import serve_page
+from axolotl.run.ready import ready
+
+
+def inference(
+    cfg: Config,
+    *,
+    prompt: str | None = None,
+    prompt_file: Path | None = None,
+    system: str | None = None,
+    chat: bool = False,
+    gradio: bool = False,
+    input_file: Path | None = None,
+    output_file: Path | None = None,
+    **sampling: Any,
+) -> None:
+    """Loads the trained model and answers. `sampling`: fields of `Sampling`, None for the model's own. Without a terminal the question comes from stdin; nothing waits.
+
+    Raises a UserError for whatever the user can mend; a missing question or file is told before the model is loaded.
+    """
+    hardware = detect_hardware()
+    cfg = ready(cfg, hardware)
+    chosen = Sampling(**{name: value for name, value in sampling.items() if value is not None})
+    if (input_file is None) != (output_file is None):
+        raise ConfigError("`--input` and `--output` go together.", "Name both: --input ROWS.jsonl --output OUT.jsonl")
+    alone = not (chat or gradio or input_file)
+    question = read_question(prompt, prompt_file) if alone else None
+    loaded = load_trained(cfg.model, cfg.adapter, cfg.data, hardware, cfg.output.output_dir)
+    if gradio:
+        serve_page(loaded, cfg.output, chosen)
+    elif input_file and output_file:
+        run_batch(loaded, input_file, output_file, chosen)
+    elif question is None:
+        run_chat(loaded, chosen)
+    else:
+        answer_once(loaded, question, chosen, system=system)

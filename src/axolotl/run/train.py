@@ -1,0 +1,73 @@
+"""`axolotl train`: from a config to trained weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from axolotl import console
+from axolotl.config import Config, unbuilt
+from axolotl.data.chat import choose_template
+from axolotl.distributed.world import detect_hardware, world
+from axolotl.model.adapter import add_adapter
+from axolotl.model.load import load_model
+from axolotl.model.tokenizer import new_token_ids
+from axolotl.run.merge import merge_trained
+from axolotl.run.preprocess import prepare_data, stop_tokens, tokenizer_of
+from axolotl.run.ready import check_output, ready, refuse
+from axolotl.train.build import attention_for, build_trainer
+from axolotl.train.session import TrainResult, resume_point, seed_everything
+from axolotl.train.session import train as run_trainer
+
+
+def train(cfg: Config) -> TrainResult:
+    """Trains what the config describes and writes the result into output_dir.
+
+    Raises a UserError for whatever the user can mend, most of it before any model is loaded.
+    """
+    hardware = detect_hardware()
+    refuse([*unbuilt(cfg), *check_output(cfg)])
+    cfg = ready(cfg, hardware)
+    attention = attention_for(cfg.model, cfg.data, hardware)
+    resume = resume_point(cfg)
+    if resume.complete:
+        console.success(f"The run in `{cfg.output.output_dir}` is complete: there is nothing left to train.")
+        return TrainResult(0, True, None, {})
+    tokenizer = tokenizer_of(cfg)
+    prepared = prepare_data(cfg, tokenizer)
+    seed = 42 if cfg.train.seed is None else cfg.train.seed
+    seed_everything(seed)
+    model = load_model(
+        cfg.model,
+        cfg.adapter,
+        tokenizer,
+        hardware,
+        training=True,
+        attn_implementation=attention.name,
+        seed=seed,
+        stop_tokens=stop_tokens(cfg, tokenizer),
+        place=cfg.place("base_model"),
+    )
+    if cfg.adapter.adapter is not None:
+        before = cfg.adapter.lora_model_dir
+        model = add_adapter(
+            model,
+            cfg.adapter,
+            new_tokens=new_token_ids(tokenizer),
+            resume_from=Path(before) if before else None,
+            seed=seed,
+        )
+    _carry_template(cfg, tokenizer)
+    rows, held_out = prepared.train_dataset(), prepared.eval_dataset()
+    trainer = build_trainer(cfg, model, tokenizer, rows, held_out, hardware, resume=resume.folder)
+    result = run_trainer(trainer, cfg, resume.folder)
+    if cfg.adapter.merge_lora and result.complete and cfg.adapter.adapter is not None and world().is_main:
+        merge_trained(cfg, tokenizer, Path(cfg.output.output_dir), None)
+    return result
+
+
+def _carry_template(cfg: Config, tokenizer: object) -> None:
+    """Writes the chat template of the training data onto the tokenizer, so that it is saved with the weights."""
+    for entry in cfg.data.datasets:
+        if isinstance(entry.type, str) and entry.type.startswith("chat_template"):
+            tokenizer.chat_template = choose_template(tokenizer, cfg.data, entry).text  # type: ignore[attr-defined]
+            return

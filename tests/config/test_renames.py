@@ -1,0 +1,156 @@
+"""Old spellings: what they become, what is said about them, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from axolotl.config import Config, load_config
+from axolotl.config.renames import LEFTOVER, REMOVED
+from axolotl.errors import ConfigError, Problem
+
+BASE = "base_model: x\ndatasets: [{path: a.jsonl, type: alpaca}]\nlearning_rate: 1e-4\n"
+
+
+def load(text: str, folder: Path, base: str = BASE) -> Config:
+    file = folder / "c.yml"
+    file.write_text(base + text + "\n", encoding="utf-8")
+    return load_config(file)
+
+
+def refused(text: str, folder: Path, base: str = BASE) -> list[Problem]:
+    with pytest.raises(ConfigError) as caught:
+        load(text, folder, base)
+    return list(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value", "warned"),
+    [
+        ("type_of_model: M", "model_type", "M", False),
+        ("model_revision: r", "revision_of_model", "r", False),
+        ("model_config: {a: 1}", "overrides_of_model_config", {"a": 1}, False),
+        ("model_kwargs: {a: 1}", "overrides_of_model_kwargs", {"a": 1}, False),
+        ("flash_attention: true", "attn_implementation", "flash_attention_2", False),
+        ("sdp_attention: true", "attn_implementation", "sdpa", False),
+        ("eager_attention: true", "attn_implementation", "eager", False),
+        ("flex_attention: true\nflash_attention: false", "attn_implementation", "flex_attention", False),
+        ("xformers_attention: true\nflash_attention: true", "attn_implementation", "xformers", True),
+        ("flash_attention: false\nattn_implementation: sdpa", "attn_implementation", "sdpa", False),
+        ("flash_attention: true\nattn_implementation:", "attn_implementation", "flash_attention_2", False),
+        ("noisy_embedding_alpha: 5", "neftune_noise_alpha", 5, True),
+        ("evaluation_strategy: 'no'", "eval_strategy", "no", True),
+        ("dataset_processes: 4", "dataset_num_proc", 4, True),
+        ("sequence_parallel_degree: 2", "context_parallel_size", 2, True),
+        ("liger_swiglu: true", "liger_glu_activation", True, True),
+        ("gc_steps: 7", "gc_collect_steps", 7, True),
+        ("gc_steps: 7", "torch_empty_cache_steps", 7, True),
+        ("gc_steps: -1", "torch_empty_cache_steps", None, True),
+        ("gradient_checkpointing: offload", "gradient_checkpointing", True, True),
+        ("gradient_checkpointing: offload", "activation_offloading", True, True),
+        ("gradient_checkpointing: offload_disk", "activation_offloading", "disk", True),
+        ("gradient_checkpointing: unsloth\nactivation_offloading:", "activation_offloading", True, True),
+        ("chat_template: inst", "chat_template", "mistral_v1", True),
+        ("save_safetensors: true", "save_only_model", False, False),
+        ("fp16: auto", "fp16", None, False),
+    ],
+)
+def test_old_spellings_mean_what_they_meant(
+    tmp_path: Path, text: str, key: str, value: Any, warned: bool
+) -> None:
+    cfg = load(text, tmp_path)
+    assert cfg.get(key) == value
+    assert bool(cfg.warnings) is warned
+    assert all(w.places[0].line in (4, 5) for w in cfg.warnings)
+
+
+def test_the_place_of_a_renamed_key_is_where_it_was_written(tmp_path: Path) -> None:
+    cfg = load("dataset_processes: 4", tmp_path)
+    assert cfg.place("dataset_num_proc").line == 4
+
+
+def test_fsdp_as_it_was_written_in_three_ages(tmp_path: Path) -> None:
+    old = load(
+        "fsdp: [full_shard, auto_wrap, offload]\nfsdp_config: {fsdp_transformer_layer_cls_to_wrap: L}",
+        tmp_path,
+    )
+    prefixed = load(
+        "fsdp_config: {fsdp_offload_params: true, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, fsdp_limit_all_gathers: true, "
+        "fsdp_sharding_strategy: FULL_SHARD, fsdp_transformer_layer_cls_to_wrap: L, fsdp_version: 2}",
+        tmp_path,
+    )
+    new = load(
+        "fsdp_config: {offload_params: true, auto_wrap_policy: TRANSFORMER_BASED_WRAP, reshard_after_forward: true, "
+        "transformer_layer_cls_to_wrap: L, version: 2}",
+        tmp_path,
+    )
+    assert new.distributed.fsdp_config is not None
+    assert new.warnings == ()
+    assert prefixed.distributed.fsdp_config == new.distributed.fsdp_config
+    assert old.distributed.fsdp_config == new.distributed.fsdp_config.model_copy(
+        update={"fsdp_version": None}
+    )
+    assert load("fsdp: full_shard auto_wrap", tmp_path).distributed.fsdp_config is not None
+    assert load("fsdp:\nfsdp_config:", tmp_path).distributed.fsdp_config is None
+    assert "`sharded`" in refused("fsdp: [sharded]", tmp_path)[0].message
+    assert (
+        refused("fsdp_config: {fsdp_offload_params: true, offload_params: false}", tmp_path)[0].kind
+        == "conflict"
+    )
+
+
+def test_fields_of_messages(tmp_path: Path) -> None:
+    base = "base_model: x\nlearning_rate: 1e-4\n"
+    text = "datasets:\n  - path: a\n    type: chat_template\n    message_field_role: from\n    message_field_content: value"
+    cfg = load(text, tmp_path, base)
+    assert cfg.data.datasets[0].message_property_mappings == {"role": "from", "content": "value"}
+    assert cfg.warnings == ()
+    [problem] = refused(text + "\n    message_property_mappings: {role: who}", tmp_path, base)
+    assert (problem.kind, [p.line for p in problem.places]) == ("conflict", [6, 8])
+    cfg = load("datasets:\n  - {path: a, train_on_split: validation}", tmp_path, base)
+    assert cfg.data.datasets[0].split == "validation"
+    assert cfg.warnings[0].keys == ("datasets[0].train_on_split",)
+
+
+@pytest.mark.parametrize(
+    "kind", ["sharegpt", "sharegpt:chat", "sharegpt.load_role", "sharegpt_simple.load_role"]
+)
+def test_sharegpt_is_answered_with_what_to_write(tmp_path: Path, kind: str) -> None:
+    [problem] = refused(
+        f"datasets:\n  - path: a\n    type: {kind}", tmp_path, "base_model: x\nlearning_rate: 1\n"
+    )
+    assert (problem.kind, problem.places[0].line) == ("removed", 5)
+    assert "message_property_mappings" in problem.remedy
+
+
+@pytest.mark.parametrize("key", [*REMOVED, "save_safetensors"])
+def test_removed_keys_are_refused_with_a_reason_unless_they_are_off(tmp_path: Path, key: str) -> None:
+    value = "false" if key == "save_safetensors" else "7"
+    [problem] = refused(f"{key}: {value}", tmp_path)
+    assert (problem.kind, problem.keys, problem.places[0].line) == ("removed", (key,), 4)
+    assert problem.remedy
+    assert load(f"{key}:", tmp_path).warnings == ()
+
+
+@pytest.mark.parametrize("key", LEFTOVER)
+def test_leftovers_are_harmless(tmp_path: Path, key: str) -> None:
+    assert [w.keys for w in load(f"{key}: 128", tmp_path).warnings] == [(key,)]
+    assert load(f"{key}:", tmp_path).warnings == ()
+
+
+def test_two_spellings_of_one_thing_contradict_each_other(tmp_path: Path) -> None:
+    for text in (
+        "flash_attention: true\nattn_implementation: sdpa",
+        "model_type: A\ntype_of_model: B",
+        "eval_strategy: 'no'\nevaluation_strategy: steps",
+    ):
+        [problem] = refused(text, tmp_path)
+        assert problem.kind == "conflict"
+        assert {p.line for p in problem.places} == {4, 5}
+
+
+def test_an_old_boolean_takes_no_other_value(tmp_path: Path) -> None:
+    [problem] = refused("flash_attention: fast", tmp_path)
+    assert (problem.kind, problem.keys) == ("invalid_value", ("flash_attention",))

@@ -1,0 +1,220 @@
+"""The conversation's commands, the batch that goes on where it stopped, and the page."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from scripted import scripted
+
+from axolotl.config.output import OutputSection
+from axolotl.errors import DataError, EnvironmentProblem
+from axolotl.inference import ui
+from axolotl.inference.batch import run_batch
+from axolotl.inference.chat import Chat, Shown, run_chat, without_thinking
+from axolotl.inference.generate import Sampling
+from axolotl.inference.loading import Loaded
+
+TEXT = "The old blue house"
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    return scripted(TEXT)
+
+
+@pytest.fixture
+def chat(loaded: Loaded) -> tuple[Chat, list[str]]:
+    shown: list[str] = []
+    return Chat(loaded, Sampling(max_new_tokens=20), shown.append), shown
+
+
+def roles(chat: Chat) -> str:
+    return "".join(m["role"][0] for m in chat.messages)
+
+
+def test_turns_and_commands(chat: tuple[Chat, list[str]], tmp_path: Path) -> None:
+    talk, shown = chat
+    talk.handle("hi")
+    talk.handle("  ")
+    talk.handle("/system Be terse.")
+    talk.handle("again")
+    assert "".join(shown) == f"{TEXT}\n{TEXT}\n"
+    assert roles(talk) == "suaua"
+    talk.handle("/system Be long.")
+    assert (talk.messages[0]["content"], roles(talk)) == ("Be long.", "suaua")
+    talk.handle("/retry")
+    assert roles(talk) == "suaua"
+    assert len(shown) > 4
+    talk.handle("/undo")
+    assert roles(talk) == "sua"
+    talk.handle(f"/save {tmp_path / 'c.jsonl'}")
+    assert json.loads((tmp_path / "c.jsonl").read_text())["messages"] == talk.messages
+    talk.handle("/clear")
+    assert roles(talk) == "s"
+    talk.handle("//not a command")
+    assert talk.messages[-2]["content"] == "/not a command"
+    talk.handle("/quit")
+    assert talk.over
+
+
+def test_mistakes_in_commands_change_nothing(chat: tuple[Chat, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    talk, shown = chat
+    for line in ("/sett temperature 1", "/set temprature 1", "/set temperature hot", "/retry", "/save", "/save /no/where/x"):
+        talk.handle(line)
+    told = capsys.readouterr().err
+    for words in ("`/sett` is no command", "`temprature`", "`hot`", "no message to answer", "needs a file name", "cannot be written"):
+        assert words in told
+    assert (talk.messages, shown, talk.sampling) == ([], [], Sampling(max_new_tokens=20))
+    talk.handle("/set temperature=0.3")
+    assert talk.sampling.temperature == 0.3
+    talk.handle("/help")
+    assert "/retry" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_too_long_is_told_and_forgotten(chat: tuple[Chat, list[str]],
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    talk, _ = chat
+    talk.handle("word " * 9000)
+    assert talk.messages == []
+    assert "context holds 8,192" in capsys.readouterr().err
+
+
+def test_without_a_terminal_each_line_is_a_message(loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = run_chat(loaded, Sampling(max_new_tokens=20), io.StringIO("hi\n/quit\nnever\n"))
+    assert roles(talk) == "ua"
+    assert capsys.readouterr().out == f"{TEXT}\n"
+    assert roles(run_chat(loaded, Sampling(max_new_tokens=20), io.StringIO("hi\nhi"))) == "uaua"
+
+
+def test_thinking_is_dimmed_and_left_out_of_later_turns() -> None:
+    pieces: list[str] = []
+    shown = Shown(pieces.append, dim=True)
+    for piece in ("<think>", "hm", "</think>", "Yes"):
+        shown(piece)
+    assert "".join(pieces) == "\x1b[2m<think>hm</think>\x1b[0mYes"
+    assert without_thinking("<think>hm</think>\n\nYes") == "Yes"
+    assert without_thinking("<think>never closed") == "<think>never closed"
+
+
+def rows_file(folder: Path, count: int = 5) -> Path:
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"hi {'x' * i}", "id": i}) + "\n" for i in range(count)) + "\n")
+    return file
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_batch_goes_on_where_it_stopped(loaded: Loaded, tmp_path: Path) -> None:
+    source, target, sampling = rows_file(tmp_path), tmp_path / "new" / "out.jsonl", Sampling(max_new_tokens=20)
+    assert run_batch(loaded, source, target, sampling, batch_size=2) == 5
+    whole = target.read_text()
+    answers = read(target)
+    assert [(r["id"], r["row"], r["finish"]) for r in answers] == [(i, i + 1, "stop") for i in range(5)]
+    assert {r["answer"] for r in answers} == {TEXT}
+    target.write_text(whole[: len(whole) // 2])  # in the middle of a line
+    assert 0 < run_batch(loaded, source, target, sampling, batch_size=2) < 5
+    assert target.read_text() == whole
+    assert run_batch(loaded, source, target, sampling) == 0
+
+
+def test_rows_in_the_form_of_the_training_data(loaded: Loaded, tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "left out"}]
+    source.write_text(f'{json.dumps({"messages": messages})}\n"just a question"\n')
+    run_batch(loaded, source, tmp_path / "out.jsonl", Sampling(max_new_tokens=20))
+    assert [r["answer"] for r in read(tmp_path / "out.jsonl")] == [TEXT, TEXT]
+
+
+def test_all_wrong_rows_are_told_before_the_first_answer(loaded: Loaded, tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"prompt": "hi"}\n{"prompt"\n[1]\n')
+    with pytest.raises(DataError) as told:
+        run_batch(loaded, source, tmp_path / "out.jsonl", Sampling())
+    assert [p.message.split(" is ")[0] for p in told.value.problems] == [f"`{source}`, line {n}" for n in (2, 3)]
+    source.write_text('{"prompt": "hi"}\n{"colour": 1}\n')
+    with pytest.raises(DataError, match="line 2: A row with `colour`"):
+        run_batch(loaded, source, tmp_path / "out.jsonl", Sampling())
+    assert not (tmp_path / "out.jsonl").exists()
+    for other, words in ((tmp_path / "no.jsonl", "does not exist"), (tmp_path / "empty.jsonl", "has no rows")):
+        (tmp_path / "empty.jsonl").write_text("\n")
+        with pytest.raises(DataError, match=words):
+            run_batch(loaded, other, tmp_path / "out.jsonl", Sampling())
+
+
+def test_files_of_others_are_left_alone(loaded: Loaded, tmp_path: Path) -> None:
+    source = rows_file(tmp_path)
+    before = source.read_text()
+    with pytest.raises(DataError, match="is the file with the questions"):
+        run_batch(loaded, source, source, Sampling())
+    (tmp_path / "notes.jsonl").write_text('{"mine": 1}\n')
+    with pytest.raises(DataError, match="was not written by this command"):
+        run_batch(loaded, source, tmp_path / "notes.jsonl", Sampling())
+    assert source.read_text() == before
+
+
+def test_the_pages_answer_grows_and_can_be_stopped(loaded: Loaded) -> None:
+    ask = [{"role": "user", "content": "hi"}]
+    grown = list(ui.answers(loaded, ask, Sampling(max_new_tokens=20), threading.Event()))
+    assert grown[-1] == TEXT
+    assert all(b.startswith(a) for a, b in zip(grown, grown[1:], strict=False))
+    stop = threading.Event()
+    stream = ui.answers(loaded, ask, Sampling(max_new_tokens=20), stop)
+    next(stream)
+    stream.close()
+    assert stop.is_set()
+    told = list(ui.answers(loaded, [{"role": "user", "content": "x " * 9000}], Sampling(), threading.Event()))
+    assert "context holds" in told[-1]
+
+
+class FakePage:
+    """Stands in for gradio: remembers how it was called."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, Any] = {}
+        self.respond: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> FakePage:
+        return self
+
+    def __enter__(self) -> FakePage:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        return
+
+    def launch(self, **options: Any) -> tuple[None, str, None]:
+        self.calls = options
+        return None, "http://127.0.0.1:7860/", None
+
+    def chat_interface(self, respond: Any, **_: Any) -> None:
+        self.respond = respond
+
+
+def fake_gradio() -> tuple[Any, FakePage]:
+    page = FakePage()
+    page.queue = page  # type: ignore[attr-defined]
+    parts = dict.fromkeys(("Blocks", "Markdown", "Textbox", "Slider"), page)
+    return SimpleNamespace(**parts, ChatInterface=page.chat_interface), page
+
+
+def test_the_page_stays_on_this_machine(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, page = fake_gradio()
+    monkeypatch.setattr(ui, "require_extra", lambda *_: module)
+    ui.serve_page(loaded, OutputSection(), Sampling(), block=False)
+    assert (page.calls["server_name"], page.calls["share"]) == ("127.0.0.1", False)
+    history = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "assistant", "content": "yes"}]
+    assert list(page.respond("hi", history, "Be terse.", 0.0, 1.0, 20))[-1] == TEXT
+
+
+def test_a_missing_gradio_names_the_extra(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(EnvironmentProblem, match="gradio"):
+        ui.serve_page(loaded, OutputSection(), Sampling())
