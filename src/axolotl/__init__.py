@@ -21,7 +21,7 @@ _PUBLIC = {
     "ModelError": "axolotl.errors",
     "Problem": "axolotl.errors",
     "UserError": "axolotl.errors",
-    "load_config": "axolotl.config",
+    "load_config": "axolotl.plan.check",
     "register_format": "axolotl.data.formats",
     "render_chat_template": "axolotl.data.templates",
 }

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 import string
 from pathlib import Path
 
 import pytest
 
-from axolotl.config.descriptions import meaning, old_keys
+from axolotl.config.descriptions import meaning, old_keys, state
 from axolotl.config.keys import SECTIONS, distance, nearest, nested, owners
 from axolotl.config.renames import CHOICES, OLD_KEYS, RENAMED
 from axolotl.config.yaml_file import parse
@@ -38,6 +39,26 @@ def test_every_key_has_one_line_of_meaning() -> None:
     assert not silent
     lines = [meaning(SECTIONS[owners()[key]], key) for key in owners()]
     assert not [line for line in lines if "\n" in line or not line.endswith((".", "..."))]
+
+
+# Facts that the program finds out by itself, and `strict`, which is always so.
+_SAID_ANYWAY = {f"is_{name}_derived_model" for name in ("falcon", "llama", "mistral", "qwen")} | {
+    "local_rank",
+    "strict",
+}
+
+
+def test_no_key_is_accepted_and_ignored() -> None:
+    """An available key is read by some code; one that is not says so in its state: `later`, `validated` or `idle`."""
+    package = HERE.parents[1] / "src" / "axolotl"
+    about_keys = {"config_page.py", "config_schema.py", "document.py"}
+    readers = [f for f in package.rglob("*.py") if f.parent.parts[-1] != "rules" and f.name not in about_keys]
+    text = "\n".join(
+        f.read_text("utf-8") for f in readers if f.parent.name != "config" or f.name == "resolve.py"
+    )
+    words = set(re.findall(r"[.\"'](\w+)", text))
+    unread = [k for k in owners() if state(SECTIONS[owners()[k]], k) == "available" and k not in words]
+    assert set(unread) <= _SAID_ANYWAY, "these keys are read nowhere: give them a state"
 
 
 def test_renames_lead_to_keys_of_today() -> None:

@@ -284,6 +284,16 @@ def test_a_wrong_value_is_not_also_told_as_missing(write: Write) -> None:
     assert [p.kind for p in problems] == ["invalid_value"] * 3
 
 
+def test_old_keys_of_a_block_that_is_not_built_are_not_told_one_by_one(write: Write) -> None:
+    text = BASE + "trl: {vllm_gpu_memory_share: 0.3, num_generatoins: 4}\nrl: grpo\n"
+    found = [(p.kind, p.keys[0]) for p in told(write(text))]
+    assert sorted(found) == [
+        ("unavailable", "rl"),
+        ("unavailable", "trl"),
+        ("unknown_key", "trl.num_generatoins"),
+    ]
+
+
 def test_an_unknown_key_without_a_value_is_a_warning(write: Write) -> None:
     cfg = load_config(write(BASE + "some_old_key:\n"))
     assert [(w.kind, w.keys) for w in cfg.warnings] == [("warning", ("some_old_key",))]
@@ -348,6 +358,15 @@ def test_secrets_are_neither_saved_nor_shown(write: Write) -> None:
     assert "key-of-mine" not in repr(cfg.tracking)
     assert yaml.safe_load(saved)["deepspeed"] == {"stage": 2, "wandb": {}}
     assert cfg.tracking.comet_api_key == "key-of-mine"
+
+
+def test_secrets_do_not_stand_in_messages(write: Write) -> None:
+    text = BASE + "comet_api_key: [key-of-mine]\ncomet_api_key: other-key\nhf_tokn: {x: 1}\n"
+    text += "deepspeed: {api_key: t0ken, stage: [1, 2]}\nhub_strategy: hf_" + "a" * 34 + "\n"
+    shown = "".join(f"{p.message}{p.remedy}{p.excerpt}" for p in told(write(text)))
+    for word in ("key-of-mine", "other-key", "t0ken", "hf_aaa"):
+        assert word not in shown
+    assert "comet_api_key: ****" in shown
 
 
 def test_special_tokens_are_no_secrets(write: Write) -> None:

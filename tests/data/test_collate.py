@@ -35,7 +35,9 @@ def test_the_mask_is_left_out_where_nothing_is_filled():
     assert "attention_mask" in PaddedCollator(PAD, pad_to=4)([[A]])
 
 
-@pytest.mark.parametrize(("multiple", "pad_to", "length"), [(None, None, 3), (4, None, 4), (None, 7, 7), (4, 5, 8)])
+@pytest.mark.parametrize(
+    ("multiple", "pad_to", "length"), [(None, None, 3), (4, None, 4), (None, 7, 7), (4, 5, 8)]
+)
 def test_rows_are_filled_to_the_length_asked_for(multiple, pad_to, length):
     batch = PaddedCollator(PAD, pad_to, multiple)([[A], [B]])
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (2, length)
@@ -75,7 +77,9 @@ def test_separate_rows_have_restarting_positions_and_no_borders():
     assert not {"cu_seq_lens_q", "attention_mask"} & set(batch)
 
 
-@pytest.mark.parametrize("collator", [PaddedCollator(PAD), PackedCollator(PAD, True), PackedCollator(PAD, False)])
+@pytest.mark.parametrize(
+    "collator", [PaddedCollator(PAD), PackedCollator(PAD, True), PackedCollator(PAD, False)]
+)
 def test_a_batch_without_rows_trains_nothing(collator):
     batch = collator([])
     assert batch["input_ids"].unique().tolist() == [PAD]

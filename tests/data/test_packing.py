@@ -49,7 +49,10 @@ def test_every_row_lands_in_exactly_one_bin(case, seed, epoch, sequential, shuff
 @given(lengths_and_capacity, st.booleans())
 def test_epochs_have_the_same_number_of_bins(case, sequential):
     lengths, capacity = case
-    counts = {len(pack(np.array(lengths, dtype=int), capacity, seed=3, epoch=e, sequential=sequential)) for e in range(4)}
+    counts = {
+        len(pack(np.array(lengths, dtype=int), capacity, seed=3, epoch=e, sequential=sequential))
+        for e in range(4)
+    }
     assert len(counts) == 1
 
 
@@ -123,7 +126,10 @@ def test_by_length_groups_similar_rows_and_starts_with_the_longest():
 def test_by_length_keeps_the_rows_of_an_uneven_end():
     plan = single_rows(np.arange(1, 12), seed=0, order="by_length", batch_size=4)
     assert sorted(plan.rows.tolist()) == list(range(11))
-    assert sorted(single_rows(np.array([3, 1]), seed=0, order="by_length", batch_size=4).rows.tolist()) == [0, 1]
+    assert sorted(single_rows(np.array([3, 1]), seed=0, order="by_length", batch_size=4).rows.tolist()) == [
+        0,
+        1,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
 
 from axolotl.config.model import ModelSection
 from axolotl.config.resolve import Hardware
@@ -34,7 +41,9 @@ CONFIGS = {
     "qwen2": Qwen2Config(**TINY),
     "mistral": MistralConfig(**TINY, sliding_window=None),
     "mistral-window": MistralConfig(**TINY, sliding_window=6),
-    "gemma2-softcap": Gemma2Config(**TINY, sliding_window=6, query_pre_attn_scalar=8, attn_logit_softcapping=5.0),
+    "gemma2-softcap": Gemma2Config(
+        **TINY, sliding_window=6, query_pre_attn_scalar=8, attn_logit_softcapping=5.0
+    ),
     "gpt-oss-sinks": GptOssConfig(**TINY, num_local_experts=2, num_experts_per_tok=1, sliding_window=6),
 }
 LENGTHS = (9, 1, 17, 70, 4)
@@ -79,7 +88,9 @@ def test_packed_equals_separate_in_logits_and_gradients(name):
         tokens = torch.from_numpy(ids)[None]
         out = plain(input_ids=tokens, use_cache=False)
         logits.append(out.logits[0])
-        loss = loss + torch.nn.functional.cross_entropy(out.logits[0, :-1].float(), tokens[0, 1:], reduction="sum")
+        loss = loss + torch.nn.functional.cross_entropy(
+            out.logits[0, :-1].float(), tokens[0, 1:], reduction="sum"
+        )
     (loss / targets).backward()
 
     assert torch.allclose(packed.logits[0, : sum(LENGTHS)], torch.cat(logits), atol=1e-5)
@@ -89,7 +100,9 @@ def test_packed_equals_separate_in_logits_and_gradients(name):
             assert torch.allclose(gradients[parameter], reference.grad, atol=1e-5), parameter
 
 
-@pytest.mark.parametrize(("name", "implementation"), [("llama", PACKED), ("llama", "sdpa"), ("llama", "eager")])
+@pytest.mark.parametrize(
+    ("name", "implementation"), [("llama", PACKED), ("llama", "sdpa"), ("llama", "eager")]
+)
 def test_a_document_does_not_change_the_others(name, implementation):
     model = build(name, implementation).eval()
     rows = documents()
@@ -97,7 +110,9 @@ def test_a_document_does_not_change_the_others(name, implementation):
     changed[2] = documents(seed=1)[2]
     joined = implementation == PACKED
     with torch.no_grad():
-        before, after = (model(**packed_batch(r, joined=joined), use_cache=False).logits[0] for r in (rows, changed))
+        before, after = (
+            model(**packed_batch(r, joined=joined), use_cache=False).logits[0] for r in (rows, changed)
+        )
     start, stop = sum(LENGTHS[:2]), sum(LENGTHS[:3])
     others = torch.ones(sum(LENGTHS), dtype=torch.bool)
     others[start:stop] = False

@@ -20,9 +20,14 @@ CPU = Hardware(device="cpu", gpu_names=(), bf16=False, tf32=False, cpus=1, gpu_m
 def rows(count: int, seed: int = 0, longest: int = 60) -> datasets.Dataset:
     """Rows of uneven length whose first third is masked."""
     draw = np.random.default_rng(seed)
-    ids = [draw.integers(5, 200, n).tolist() for n in np.clip(draw.lognormal(3.0, 0.7, count), 4, longest).astype(int)]
+    ids = [
+        draw.integers(5, 200, n).tolist()
+        for n in np.clip(draw.lognormal(3.0, 0.7, count), 4, longest).astype(int)
+    ]
     labels = [[-100] * (len(each) // 3) + each[len(each) // 3 :] for each in ids]
-    return datasets.Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids], "labels": labels})
+    return datasets.Dataset.from_dict(
+        {"input_ids": ids, "attention_mask": [[1] * len(i) for i in ids], "labels": labels}
+    )
 
 
 def tiny_model(*, lora: bool = False, dropout: float = 0.0, attention: str = "sdpa", seed: int = 42) -> Any:
@@ -45,7 +50,11 @@ def tiny_model(*, lora: bool = False, dropout: float = 0.0, attention: str = "sd
     return peft.get_peft_model(
         model,
         peft.LoraConfig(
-            r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
+            r=4,
+            lora_alpha=8,
+            lora_dropout=dropout,
+            target_modules=["q_proj", "v_proj", "down_proj"],
+            task_type="CAUSAL_LM",
         ),
     )
 

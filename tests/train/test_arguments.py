@@ -10,7 +10,7 @@ from axolotl.config.keys import owners
 from axolotl.data.packing import Volume
 from axolotl.errors import EnvironmentProblem
 from axolotl.train.arguments import FIXED, TABLE, argument_names, best_metric, build_arguments
-from axolotl.train.tracking import tracking_environment, trackers
+from axolotl.train.tracking import trackers, tracking_environment
 from train.miniature import CPU
 
 VOLUME = Volume(10, 5, 15, 3.0, 1000, 1.0)
@@ -39,7 +39,8 @@ def test_values_arrive(config):
     assert args.per_device_train_batch_size == 3
     assert args.gradient_accumulation_steps == 4
     assert (args.max_grad_norm, args.seed, args.data_seed, args.logging_steps) == (0.5, 7, 7, 5)
-    assert args.gradient_checkpointing and args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert args.gradient_checkpointing
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
     assert args.neftune_noise_alpha == 2.0
     assert args.max_steps == 15
     assert args.use_cpu
@@ -47,9 +48,11 @@ def test_values_arrive(config):
 
 def test_defaults_are_ours(config):
     args, _ = build(config(save_strategy=None))
-    assert args.logging_steps == 1 and args.max_grad_norm == 1.0
+    assert args.logging_steps == 1
+    assert args.max_grad_norm == 1.0
     assert args.report_to == []
-    assert not args.logging_nan_inf_filter and not args.bf16
+    assert not args.logging_nan_inf_filter
+    assert not args.bf16
     assert args.eval_on_start
 
 
@@ -59,15 +62,22 @@ def test_resuming_does_not_evaluate_again_at_the_start(config):
 
 def test_without_eval_data_there_is_no_evaluation(config):
     args, cadence = build(config(evals_per_epoch=4), has_eval_data=False)
-    assert str(args.eval_strategy.value) == "no" and not cadence.evaluate
+    assert str(args.eval_strategy.value) == "no"
+    assert not cadence.evaluate
 
 
 def test_best_model(config):
-    args, cadence = build(config(load_best_model_at_end=True, evals_per_epoch=1, saves_per_epoch=1, save_strategy=None))
-    assert args.load_best_model_at_end and args.metric_for_best_model == "eval_loss" and args.greater_is_better is False
+    args, cadence = build(
+        config(load_best_model_at_end=True, evals_per_epoch=1, saves_per_epoch=1, save_strategy=None)
+    )
+    assert args.load_best_model_at_end
+    assert args.metric_for_best_model == "eval_loss"
+    assert args.greater_is_better is False
     assert cadence.evaluate <= cadence.save
     # What cannot be had is not asked for.
-    assert not build(config(load_best_model_at_end=True), has_eval_data=False)[0].load_best_model_at_end
+    assert not build(config(load_best_model_at_end=True, evals_per_epoch=1), has_eval_data=False)[
+        0
+    ].load_best_model_at_end
 
 
 @pytest.mark.parametrize(
@@ -111,4 +121,5 @@ def test_missing_trackers_are_told_together(config, monkeypatch):
         trackers(cfg.tracking)
     assert [p.message.split("`")[1] for p in error.value.problems] == ["wandb", "mlflow"]
     environment = tracking_environment(cfg.tracking, cfg.output)
-    assert environment["WANDB_PROJECT"] == "p" and environment["WANDB_ENTITY"] == "e"
+    assert environment["WANDB_PROJECT"] == "p"
+    assert environment["WANDB_ENTITY"] == "e"

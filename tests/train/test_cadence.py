@@ -74,5 +74,5 @@ def test_parts_of_an_epoch_are_even_and_end_with_it(parts, per_epoch, epochs):
     found = steps("evaluate", per_epoch, per_epoch * epochs, evals_per_epoch=parts)
     assert len(found) == epochs * min(parts, per_epoch)
     assert set(range(per_epoch, per_epoch * epochs + 1, per_epoch)) <= set(found)
-    gaps = [b - a for a, b in zip([0, *found], found)]
+    gaps = [b - a for a, b in zip([0, *found], found, strict=False)]
     assert max(gaps) - min(gaps) <= 1

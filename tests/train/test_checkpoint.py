@@ -46,11 +46,14 @@ def test_a_published_checkpoint_is_intact_and_lists_its_files(tmp_path):
     files = json.loads((folder / MANIFEST).read_text())["files"]
     assert set(files) == {"trainer_state.json", "optimizer.pt", "sub/model.bin", "axolotl_state.json"}
     assert files["optimizer.pt"]["size"] == 3
-    assert damage(folder) is None and resumable(folder) is None
+    assert damage(folder) is None
+    assert resumable(folder) is None
     assert read_state(folder) == STATE
 
 
-@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt", "sub/model.bin", "axolotl_state.json"])
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "optimizer.pt", "sub/model.bin", "axolotl_state.json"]
+)
 @pytest.mark.parametrize("how", ["remove", "shorten", "change"])
 def test_every_damage_is_seen(tmp_path, name, how):
     file = checkpoint(tmp_path, 3) / name
@@ -71,7 +74,8 @@ def test_weights_alone_cannot_be_resumed(tmp_path):
 def test_publishing_again_replaces(tmp_path):
     checkpoint(tmp_path, 3)
     folder = checkpoint(tmp_path, 3, **{"optimizer.pt": "newer"})
-    assert (folder / "optimizer.pt").read_text() == "newer" and damage(folder) is None
+    assert (folder / "optimizer.pt").read_text() == "newer"
+    assert damage(folder) is None
     clear_staging(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]
 
@@ -101,7 +105,9 @@ def test_the_newest_intact_one_of_the_run_is_found(tmp_path, capsys):
     (tmp_path / "checkpoint-9" / "optimizer.pt").write_text("")
     assert newest_intact(tmp_path) == tmp_path / "checkpoint-2"
     said = capsys.readouterr().err
-    assert "checkpoint-10 is skipped" in said and "checkpoint-9 is skipped" in said and "earlier run" in said
+    assert "checkpoint-10 is skipped" in said
+    assert "checkpoint-9 is skipped" in said
+    assert "earlier run" in said
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path):

@@ -83,7 +83,9 @@ def test_resuming_at_the_end_of_an_epoch(trainer, tmp_path):
     through = trainer(tiny_model(dropout=0.3), data, output_dir=str(tmp_path / "a"), **keys)
     train(through, through.cfg)
     folder = tmp_path / "a" / "checkpoint-4"
-    again = trainer(tiny_model(dropout=0.3, seed=3), data, None, folder, output_dir=str(tmp_path / "b"), **keys)
+    again = trainer(
+        tiny_model(dropout=0.3, seed=3), data, None, folder, output_dir=str(tmp_path / "b"), **keys
+    )
     train(again, again.cfg, folder)
     assert losses(again) == losses(through)
     assert same_weights(weights(again.model), weights(through.model))
@@ -105,7 +107,8 @@ def test_run_jsonl_has_each_step_once_after_resuming(trainer, tmp_path):
 def finished(trainer, **keys):
     run = trainer(tiny_model(), rows(8), max_steps=4, save_steps=2, save_strategy="steps", **keys)
     result = train(run, run.cfg)
-    assert result.complete and result.steps == 4
+    assert result.complete
+    assert result.steps == 4
     return run
 
 
@@ -115,7 +118,8 @@ def test_the_same_command_after_the_end_has_nothing_to_do(trainer, config):
     assert resume_point(config(**keys, auto_resume_from_checkpoints=True)) == ResumePoint(None, complete=True)
     # Another course is another command: it goes on from the newest checkpoint.
     longer = resume_point(config(**keys | {"max_steps": 8}, auto_resume_from_checkpoints=True))
-    assert longer.folder == run.parts.output_dir / "checkpoint-4" and not longer.complete
+    assert longer.folder == run.parts.output_dir / "checkpoint-4"
+    assert not longer.complete
     assert resume_point(config(**keys)) == ResumePoint(None)
 
 
@@ -134,9 +138,12 @@ def test_a_run_killed_before_the_final_weights_only_writes_them(trainer):
     (output / "model.safetensors").unlink()
     (output / "run.json").unlink()
     folder = output / "checkpoint-4"
-    again = trainer(tiny_model(seed=5), rows(8), None, folder, max_steps=4, save_steps=2, save_strategy="steps")
+    again = trainer(
+        tiny_model(seed=5), rows(8), None, folder, max_steps=4, save_steps=2, save_strategy="steps"
+    )
     result = train(again, again.cfg, folder)
-    assert result.complete and result.loss is None
+    assert result.complete
+    assert result.loss is None
     assert same_weights(load_file(output / "model.safetensors"), expected)
 
 
@@ -177,7 +184,9 @@ def test_without_any_checkpoint_auto_starts_fresh_and_true_does_not(config):
 
 def test_checkpoints_of_an_earlier_run_are_left_alone(trainer, config):
     output = finished(trainer).parts.output_dir
-    newer = trainer(tiny_model(), rows(8), max_steps=3, save_steps=1, save_strategy="steps", save_total_limit=1)
+    newer = trainer(
+        tiny_model(), rows(8), max_steps=3, save_steps=1, save_strategy="steps", save_total_limit=1
+    )
     train(newer, newer.cfg)
     assert sorted(p.name for p in output.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     point = resume_point(config(max_steps=9, auto_resume_from_checkpoints=True))
@@ -190,7 +199,9 @@ def test_changed_data_is_told(trainer, capsys):
     assert "the training data or how it is batched has changed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
+)
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(trainer, capsys, number, code):
     run = trainer(tiny_model(), rows(20))
 
@@ -230,7 +241,8 @@ def test_a_signal_during_evaluation_does_not_wait_for_its_end(trainer):
     run.add_callback(sender)
     result = train(run, run.cfg)
     assert sender.seen == 2
-    assert result.exit_code == 143 and result.checkpoint is not None
+    assert result.exit_code == 143
+    assert result.checkpoint is not None
 
 
 CHILD = """
@@ -252,7 +264,13 @@ sys.exit(train(trainer, cfg, point.folder).exit_code)
 
 @pytest.mark.slow
 def test_kill_9_then_the_same_command_ends_with_the_same_weights(config, tmp_path):
-    keys = {"num_epochs": 6, "save_steps": 5, "save_strategy": "steps", "evals_per_epoch": 1, "sample_packing": True}
+    keys = {
+        "num_epochs": 6,
+        "save_steps": 5,
+        "save_strategy": "steps",
+        "evals_per_epoch": 1,
+        "sample_packing": True,
+    }
     keys |= {"auto_resume_from_checkpoints": True, "gradient_accumulation_steps": 2, "micro_batch_size": 1}
     tests = str(Path(__file__).resolve().parents[1])
     results = []

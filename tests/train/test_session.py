@@ -24,9 +24,17 @@ def test_full_training_leaves_a_model_that_loads(trainer, tmp_path, tokenizer):
     run = trainer(tiny_model(), rows(8), sample_packing=True)
     result = train(run, run.cfg)
     output = tmp_path / "out"
-    assert result.complete and result.exit_code == 0 and result.steps == run.parts.volume.total_steps
+    assert result.complete
+    assert result.exit_code == 0
+    assert result.steps == run.parts.volume.total_steps
     names = {p.name for p in output.iterdir()}
-    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "README.md"} <= names
+    assert {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "README.md",
+    } <= names
     assert {"axolotl_config.yml", "run.json", "run.jsonl"} <= names
     assert not any(n.startswith(".tmp") or n == "training_args.bin" for n in names)
     assert PACKED not in (output / "config.json").read_text()
@@ -38,16 +46,32 @@ def test_full_training_leaves_a_model_that_loads(trainer, tmp_path, tokenizer):
 
 
 def test_an_adapter_and_only_it_is_written(trainer, tmp_path, capsys):
-    run = trainer(tiny_model(lora=True), rows(8), rows(3), adapter="lora", lora_r=4, lora_alpha=8, lora_target_linear=True)
+    run = trainer(
+        tiny_model(lora=True),
+        rows(8),
+        rows(3),
+        adapter="lora",
+        lora_r=4,
+        lora_alpha=8,
+        lora_target_linear=True,
+    )
     train(run, run.cfg)
     output = tmp_path / "out"
     names = {p.name for p in output.iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "generation_config.json", "tokenizer.json"} <= names
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "generation_config.json",
+        "tokenizer.json",
+    } <= names
     assert "model.safetensors" not in names
     said = capsys.readouterr().err
-    assert "axolotl merge-lora" in said and "axolotl inference" in said and "evaluation loss" in said
+    assert "axolotl merge-lora" in said
+    assert "axolotl inference" in said
+    assert "evaluation loss" in said
     card = (output / "README.md").read_text()
-    assert "adapter for" in card and f"base_model: {run.cfg.model.base_model}" in card
+    assert "adapter for" in card
+    assert f"base_model: {run.cfg.model.base_model}" in card
     assert "learning_rate: 0.01" in (output / "axolotl_config.yml").read_text()
 
 
@@ -66,8 +90,16 @@ def test_the_probe_refuses_a_model_that_mixes_documents(trainer):
 
 
 def test_save_total_limit_and_best_model(trainer, tmp_path):
-    keys = {"num_epochs": 4, "evals_per_epoch": 1, "saves_per_epoch": 1, "save_strategy": None, "save_total_limit": 2}
-    run = trainer(tiny_model(), rows(10), rows(4, seed=2), load_best_model_at_end=True, learning_rate=0.3, **keys)
+    keys = {
+        "num_epochs": 4,
+        "evals_per_epoch": 1,
+        "saves_per_epoch": 1,
+        "save_strategy": None,
+        "save_total_limit": 2,
+    }
+    run = trainer(
+        tiny_model(), rows(10), rows(4, seed=2), load_best_model_at_end=True, learning_rate=0.3, **keys
+    )
     train(run, run.cfg)
     lines = [line for line in run.state.log_history if "eval_loss" in line and line["step"]]
     best = min(lines, key=lambda line: line["eval_loss"])["step"]
@@ -178,7 +210,16 @@ def test_run_jsonl_says_what_it_promises(trainer, tmp_path):
     run = trainer(tiny_model(), rows(8), rows(3), evals_per_epoch=2)
     train(run, run.cfg)
     lines = [json.loads(line) for line in (tmp_path / "out" / "run.jsonl").read_text().splitlines()]
-    assert [line["kind"] for line in lines] == ["eval", "train", "train", "eval", "train", "train", "eval", "end"]
+    assert [line["kind"] for line in lines] == [
+        "eval",
+        "train",
+        "train",
+        "eval",
+        "train",
+        "train",
+        "eval",
+        "end",
+    ]
     promised = {"loss", "ppl", "grad_norm", "learning_rate", "tokens", "trained_tokens", "tokens_per_second"}
     for line in lines:
         assert {"step", "epoch", "time"} <= set(line)
@@ -208,5 +249,8 @@ def test_a_shuffled_selection_of_a_dataset_is_followed(trainer):
     reader = trainer(tiny_model(), data.select(chosen)).parts.batches.rows
     for i, source in enumerate(chosen):
         ids, labels = reader.row(i)
-        assert np.array_equal(ids, data[source]["input_ids"]) and np.array_equal(labels, data[source]["labels"])
-    assert torch.equal(torch.from_numpy(reader.lengths), torch.tensor([len(data[i]["input_ids"]) for i in chosen]))
+        assert np.array_equal(ids, data[source]["input_ids"])
+        assert np.array_equal(labels, data[source]["labels"])
+    assert torch.equal(
+        torch.from_numpy(reader.lengths), torch.tensor([len(data[i]["input_ids"]) for i in chosen])
+    )

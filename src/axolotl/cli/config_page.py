@@ -28,7 +28,7 @@ One flat YAML file. Each key below belongs to one section; `axolotl explain KEY`
 - Keys, tokens and passwords are neither printed nor saved.
 
 States: **available**; *validated*: the key is checked, but its feature cannot run yet; *unavailable*: known, but not
-built yet, so any value but "off" is refused.
+built yet, so any value but "off" is refused; *idle*: accepted with a warning, since nothing is lost without it.
 """
 
 _CHOICES = """\
@@ -51,18 +51,13 @@ def config_page() -> str:
     lines = [_HEAD]
     for section in SECTIONS.values():
         lines += [f"## {section.title}", "", (section.__doc__ or "").strip(), "", *_table(section), ""]
-    seen: list[str] = []
+    places: dict[type[BaseModel], list[str]] = {}
     for home in nested():
-        if home.parent not in seen:
-            seen.append(home.parent)
-            lines += [
-                f"## `{home.parent}`",
-                "",
-                (home.block.__doc__ or "").strip(),
-                "",
-                *_table(home.block),
-                "",
-            ]
+        if home.parent not in places.setdefault(home.block, []):
+            places[home.block].append(home.parent)
+    for block, parents in places.items():
+        heading = ", ".join(f"`{parent}`" for parent in parents)
+        lines += [f"## {heading}", "", (block.__doc__ or "").strip(), "", *_table(block), ""]
     lines += [
         _CHOICES,
         "## Plugins",

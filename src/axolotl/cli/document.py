@@ -74,9 +74,14 @@ def _top_level(key: str) -> str:
     rows = [("meaning", meaning(section, key)), ("takes", type_of(section, key)), ("default", default)]
     how = state(section, key)
     if how != "available":
-        feature = facts(section, key)["feature"]
-        told = "is checked, but cannot run yet" if how == "validated" else "is not available yet"
-        rows.append(("state", f"{how}: {feature} {told}"))
+        told = {
+            "validated": "is checked, but cannot run yet",
+            "unavailable": "is not available yet",
+            "idle": "so the key has no effect",
+        }
+        rows.append(
+            ("state", f"{how}: {facts(section, key)['feature']}{', ' if how == 'idle' else ' '}{told[how]}")
+        )
     rows.append(("section", section.title))
     old = [
         name

@@ -71,10 +71,10 @@ def _sources_and_overrides(args: Sequence[str], verb: str) -> tuple[list[str], l
 
 
 def _load(args: Sequence[str], verb: str) -> Config:
-    from axolotl.config import load_config
-
     sources, overrides = _sources_and_overrides(args, verb)
-    return load_config(sources, overrides)
+    from axolotl.plan.check import load_config
+
+    return load_config(sources, overrides, verb=verb)
 
 
 def _with_key(args: tuple[str, ...], flag: str, value: str | None) -> tuple[str, ...]:
@@ -117,14 +117,36 @@ def cli() -> None:
 
 
 @cli.command(context_settings=PASS_ON)
+@click.option("--sweep", type=click.Path(path_type=Path), metavar="FILE", help="Train once for each set of values.")
 @takes_launcher
 @takes_config
-def train(args: tuple[str, ...]) -> None:
+@click.pass_context
+def train(ctx: click.Context, args: tuple[str, ...], sweep: Path | None) -> None:
     """Train, after preparing the data where that has not been done."""
+    if sweep is not None:
+        ctx.exit(_sweep(args, sweep))
     cfg = _load(args, "train")
     from axolotl.run import train as verb
 
-    verb.train(cfg)
+    ctx.exit(verb.train(cfg).exit_code)
+
+
+def _sweep(args: tuple[str, ...], file: Path) -> int:
+    """Checks every run of the sweep, then trains them. 0 where all ended well."""
+    import json
+
+    from axolotl.cli.sweep import expand_sweep
+    from axolotl.run.sweep import Run, sweep
+
+    base = _load(args, "train")
+    runs = []
+    for trial in expand_sweep(file):
+        values = trial.overrides(base.output.output_dir)
+        flags = [f"--{k.replace('_', '-')}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()]
+        _load((*args, *flags), "train")
+        runs.append(Run(Path(values["output_dir"]), trial.values, [*args, *flags]))
+    outcomes = sweep(runs, Path(base.output.output_dir))
+    return 0 if len(outcomes) == len(runs) and all(o.exit_code == 0 for o in outcomes) else 1
 
 
 @cli.command(context_settings=PASS_ON)
@@ -141,20 +163,26 @@ def preprocess(args: tuple[str, ...], **options: bool) -> None:
 
 
 @cli.command(context_settings=PASS_ON)
+@click.option("--answers", is_flag=True, help="Also let the model answer every row, and count exact matches.")
+@click.option("--max-rows", type=click.IntRange(min=1), metavar="N", help="With --answers: only the first N rows.")
+@click.option("--untrained", is_flag=True, help="The base model is meant, without trained weights.")
 @click.option("--lora-model-dir", metavar="DIR", help="The adapter to evaluate; output_dir's by default.")
+@click.option("--base-model", metavar="MODEL", help="Another model than the config's, a merged one for example.")
 @takes_launcher
 @takes_config
-def evaluate(args: tuple[str, ...], lora_model_dir: str | None) -> None:
-    """Loss and perplexity of the trained model on the test set."""
-    cfg = _load(_with_key(args, "--lora-model-dir", lora_model_dir), "evaluate")
+def evaluate(args: tuple[str, ...], lora_model_dir: str | None, base_model: str | None, **options: Any) -> None:
+    """Loss, perplexity and exact match of the trained model on held-out rows."""
+    args = _with_key(_with_key(args, "--lora-model-dir", lora_model_dir), "--base-model", base_model)
+    cfg = _load(args, "evaluate")
     from axolotl.run import evaluate as verb
 
-    verb.evaluate(cfg)
+    verb.evaluate(cfg, **options)
 
 
 @cli.command(context_settings=PASS_ON)
 @click.option("--prompt", metavar="TEXT", help="One question; without it, and without a terminal, stdin is read.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), metavar="FILE", help="A file that holds one question.")
+@click.option("--system", metavar="TEXT", help="What the model is told before the question.")
 @click.option("--chat", is_flag=True, help="A conversation at the terminal.")
 @click.option("--gradio", is_flag=True, help="A page in the browser, on this machine only.")
 @click.option("--input", "input_file", type=click.Path(path_type=Path), metavar="ROWS.jsonl", help="Many questions.")
@@ -163,6 +191,10 @@ def evaluate(args: tuple[str, ...], lora_model_dir: str | None) -> None:
 @click.option("--base-model", metavar="MODEL", help="Another model than the config's, a merged one for example.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="The longest answer, in tokens.")
 @click.option("--temperature", type=click.FloatRange(min=0), metavar="T", help="0: always the likeliest token.")
+@click.option("--top-p", type=click.FloatRange(0, 1), metavar="P", help="Only the likeliest tokens, up to this share.")
+@click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="Only the K likeliest tokens.")
+@click.option("--min-p", type=click.FloatRange(0, 1), metavar="P", help="Only tokens this likely, beside the likeliest.")
+@click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Above 1: repeats less.")
 @takes_launcher
 @takes_config
 def inference(
@@ -179,13 +211,19 @@ def inference(
 @cli.command("merge-lora", context_settings=PASS_ON)
 @click.option("--lora-model-dir", metavar="DIR", help="The adapter to merge; output_dir's by default.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Default: merged in output_dir.")
+@click.option(
+    "--base",
+    type=click.Choice(["full", "quantized"]),
+    default="full",
+    help="For an adapter trained on quantized weights: merge into the full ones, or into what the quantized ones stood for.",
+)
 @takes_config
-def merge_lora(args: tuple[str, ...], lora_model_dir: str | None, output: Path | None) -> None:
+def merge_lora(args: tuple[str, ...], lora_model_dir: str | None, output: Path | None, base: str) -> None:
     """Write base model and adapter as one model."""
     cfg = _load(_with_key(args, "--lora-model-dir", lora_model_dir), "merge-lora")
     from axolotl.run import merge as verb
 
-    verb.merge(cfg, destination=output)
+    verb.merge(cfg, destination=output, base=base)
 
 
 @cli.command()
@@ -240,7 +278,10 @@ def explain(args: tuple[str, ...]) -> None:
         for key in sources:
             console.out(explain_key(key))
     else:
-        console.out(explain_config(_load(args, "explain")))
+        from axolotl.config import Hardware, resolve
+
+        cfg, _ = resolve(_load(args, "explain"), Hardware(device="cpu"))
+        console.out(explain_config(cfg))
 
 
 def main(args: Sequence[str] | None = None) -> None:

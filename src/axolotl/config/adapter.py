@@ -13,6 +13,7 @@ from axolotl.config.section import (
     PositiveInt,
     Section,
     Text,
+    idle,
     later,
 )
 
@@ -73,7 +74,7 @@ class AdapterSection(Section):
     """Other ranks for layers whose name matches."""
     lora_alpha_pattern: dict[str, PositiveInt] | None = None
     """Other alphas for layers whose name matches."""
-    lora_on_cpu: bool = False
+    lora_on_cpu: bool = idle("merging chooses the device by itself", False)
     """Merge on the CPU."""
     peft_layers_to_transform: list[NonNegativeInt] | None = None
     """Indices of the only layers that get an adapter."""

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from axolotl.config.examples import example
 from axolotl.config.keys import SYNONYMS, block_at, did_you_mean, field_at, nearest, nested, owners
 from axolotl.config.renames import OLD_KEYS
+from axolotl.config.secrets import is_secret, masked
 from axolotl.config.section import members
 from axolotl.config.yaml_file import Document, Path, Spot, dotted
 from axolotl.errors import Kind, Problem
@@ -81,6 +82,7 @@ def show(value: Any) -> str:
     """A value as the user wrote it, cut short."""
     text = {None: "null", True: "true", False: "false"}.get(value) if isinstance(value, bool | None) else None
     text = text or (value if isinstance(value, str) else repr(value))
+    text = masked(text)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -153,7 +155,9 @@ class Complaints:
         if isinstance(value, dict | list):
             got = "a mapping" if isinstance(value, dict) else "a list"
         else:
-            got = f"`{got}`"
+            got = f"`{masked(got)}`"
+        if is_secret(str(path[-1])):
+            got = "a value that is not shown"
         known = field_at(model, path)
         takes = expected(*known) if known else "another value"
         remedy = ""

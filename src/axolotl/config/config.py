@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,20 +19,13 @@ from axolotl.config.method import MethodSection
 from axolotl.config.model import ModelSection
 from axolotl.config.optim import OptimSection
 from axolotl.config.output import OutputSection
+from axolotl.config.secrets import without_secrets
 from axolotl.config.section import Section, facts
 from axolotl.config.tracking import TrackingSection
 from axolotl.config.train import TrainSection
 from axolotl.config.yaml_file import Path as KeyPath
 from axolotl.config.yaml_file import Spot, excerpt, undotted
 from axolotl.errors import Place, Problem
-
-_SECRET_KEY = re.compile(
-    r"(api|access|auth|hf|secret|private)_?(key|token)$|(^|_)(secret|password|webhook_url)$", re.I
-)
-_SECRET_VALUE = re.compile(
-    r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|[0-9a-f]{40}(?=$))"
-)
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,17 +147,6 @@ def plain(value: Any) -> Any:
         return value.model_dump(mode="json", exclude_unset=True)
     if isinstance(value, list | tuple):
         return [plain(each) for each in value]
-    return value
-
-
-def without_secrets(value: Any) -> Any:
-    """The same value without keys, tokens, passwords and credentials inside addresses."""
-    if isinstance(value, dict):
-        return {k: without_secrets(v) for k, v in value.items() if not _SECRET_KEY.search(str(k))}
-    if isinstance(value, list):
-        return [without_secrets(each) for each in value]
-    if isinstance(value, str):
-        return _CREDENTIALS.sub("", _SECRET_VALUE.sub("", value))
     return value
 
 

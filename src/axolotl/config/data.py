@@ -8,9 +8,9 @@ from pydantic import BeforeValidator, Field
 
 from axolotl.config.datasets import DatasetEntry, PretrainingEntry, PromptMapping
 from axolotl.config.section import (
-    Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     Section,
     Text,
@@ -108,7 +108,7 @@ class DataSection(Section):
     """Pack rows in the order they come."""
     sample_packing_mp_start_method: Text | None = None
     """How packing starts its processes; ours packs in one process."""
-    sample_packing_eff_est: Fraction | None = None
+    sample_packing_eff_est: PositiveFloat | None = None
     """Share of packed rows that is not padding, once measured; ours computes it."""
     multipack_real_batches: bool | None = None
     """Keep packed rows apart in a batch instead of joining them into one long row."""

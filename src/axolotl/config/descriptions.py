@@ -51,7 +51,7 @@ def meaning(model: type[BaseModel], key: str) -> str:
 
 
 def state(model: type[BaseModel], key: str) -> str:
-    """available, validated (loads, cannot run yet) or unavailable."""
+    """available, validated (loads, cannot run yet), unavailable, or idle (without effect)."""
     return str(facts(model, key).get("state", "available"))
 
 

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from axolotl.config.section import Block, Int, NonNegativeInt, PositiveInt, Section, Text, later, validated
+from axolotl.config.section import (
+    Block,
+    Int,
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    Text,
+    idle,
+    later,
+    validated,
+)
 
 StateDict = Literal["FULL_STATE_DICT", "LOCAL_STATE_DICT", "SHARDED_STATE_DICT"]
 
@@ -47,7 +57,7 @@ class DistributedSection(Section):
 
     title: ClassVar[str] = "Several devices"
 
-    ddp: bool | None = None
+    ddp: bool | None = idle("the launcher decides")
     """Give every device a copy of the model."""
     ddp_timeout: PositiveInt | None = None
     """Seconds that processes wait for each other."""

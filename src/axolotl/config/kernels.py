@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from axolotl.config.section import NonNegativeFloat, PositiveInt, Section, Steps, Text, later
+from axolotl.config.section import NonNegativeFloat, PositiveInt, Section, Steps, Text, idle, later
 
+KERNELS = "this kernel is not built yet, and the plain path computes the same"
 MOE = "mixture-of-experts kernels"
 
 
@@ -14,41 +15,41 @@ class KernelsSection(Section):
 
     title: ClassVar[str] = "Kernels and losses"
 
-    lora_mlp_kernel: bool | None = None
+    lora_mlp_kernel: bool | None = idle(KERNELS)
     """Fused LoRA in the feed-forward layers."""
-    lora_qkv_kernel: bool | None = None
+    lora_qkv_kernel: bool | None = idle(KERNELS)
     """Fused LoRA in the query, key and value projections."""
-    lora_o_kernel: bool | None = None
+    lora_o_kernel: bool | None = idle(KERNELS)
     """Fused LoRA in the attention's output projection."""
-    lora_embedding_kernel: bool | None = None
+    lora_embedding_kernel: bool | None = idle(KERNELS)
     """Fused LoRA in the embeddings."""
-    use_kernels: bool | None = None
+    use_kernels: bool | None = idle(KERNELS)
     """Take kernels from the Hub where the model has some."""
-    liger_rope: bool | None = None
+    liger_rope: bool | None = idle(KERNELS)
     """Fused rotary embedding."""
-    liger_rms_norm: bool | None = None
+    liger_rms_norm: bool | None = idle(KERNELS)
     """Fused RMS norm."""
-    liger_rms_norm_gated: bool | None = None
+    liger_rms_norm_gated: bool | None = idle(KERNELS)
     """Fused gated RMS norm."""
-    liger_layer_norm: bool | None = None
+    liger_layer_norm: bool | None = idle(KERNELS)
     """Fused layer norm."""
-    liger_glu_activation: bool | None = None
+    liger_glu_activation: bool | None = idle(KERNELS)
     """Fused gated activation of the feed-forward layers."""
-    liger_cross_entropy: bool | None = None
+    liger_cross_entropy: bool | None = idle(KERNELS)
     """Fused cross entropy over whole logits."""
-    liger_fused_linear_cross_entropy: bool | None = None
+    liger_fused_linear_cross_entropy: bool | None = idle(KERNELS)
     """Output head and cross entropy in one, without whole logits."""
     liger_use_token_scaling: bool | None = later("losses weighted by token")
     """Weigh each token's loss by its probability."""
-    cut_cross_entropy: bool | None = None
+    cut_cross_entropy: bool | None = idle(KERNELS)
     """Cross entropy that never holds whole logits (Cut Cross-Entropy)."""
-    chunked_cross_entropy: bool | None = None
+    chunked_cross_entropy: bool | None = idle(KERNELS)
     """Cross entropy in pieces, which needs less memory."""
-    chunked_cross_entropy_num_chunks: PositiveInt | None = None
+    chunked_cross_entropy_num_chunks: PositiveInt | None = idle(KERNELS)
     """Number of these pieces."""
-    flash_attn_cross_entropy: bool | None = None
+    flash_attn_cross_entropy: bool | None = idle(KERNELS)
     """Cross entropy of the flash-attention package."""
-    flash_attn_fuse_mlp: bool | None = None
+    flash_attn_fuse_mlp: bool | None = idle(KERNELS)
     """Fuse the feed-forward layers, as old versions of flash-attention did."""
     use_eaft: bool = later("entropy-aware losses", False)
     """Weigh each token's loss by the entropy of its prediction."""
@@ -56,11 +57,11 @@ class KernelsSection(Section):
     """Strength of that weighing."""
     eaft_k: PositiveInt = later("entropy-aware losses", 20)
     """Likeliest tokens from which entropy is estimated."""
-    tiled_mlp: bool | None = None
+    tiled_mlp: bool | None = idle(KERNELS)
     """Compute feed-forward layers in pieces along the row: long contexts in less memory."""
-    tiled_mlp_num_shards: PositiveInt | None = None
+    tiled_mlp_num_shards: PositiveInt | None = idle(KERNELS)
     """Number of these pieces."""
-    tiled_mlp_use_original_mlp: bool = True
+    tiled_mlp_use_original_mlp: bool = idle(KERNELS, True)
     """Use the model's own feed-forward code for the pieces."""
     dsv4_fp4_grouped_mode: Text | None = later(MOE)
     """Mode of DeepSeek V4's 4-bit grouped products."""
@@ -76,7 +77,7 @@ class KernelsSection(Section):
     """Kernels for DeepSeek V4."""
     use_glm_dsa_kernels: bool | None = later(MOE)
     """Kernels for GLM's sparse attention."""
-    experts_implementation: Text | None = None
+    experts_implementation: Text | None = idle(KERNELS)
     """How transformers computes experts: eager, batched_mm, grouped_mm."""
     expert_backend: Text | None = later(MOE)
     """Kernels for the experts: scattermoe or sonicmoe."""

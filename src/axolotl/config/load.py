@@ -17,6 +17,7 @@ from axolotl.config.merge import Merged, Overrides, Source, override_parts
 from axolotl.config.renames import Renaming, is_off
 from axolotl.config.rules import broken_rules
 from axolotl.config.section import Section, default_of, facts
+from axolotl.config.unbuilt import idle_keys
 from axolotl.config.yaml_file import Path as KeyPath
 from axolotl.config.yaml_file import dotted, undotted
 from axolotl.errors import ConfigError, Place, Problem
@@ -143,10 +144,19 @@ class Loading(Merged):
                         continue
                     problems = list(self.complaints.translate(kind, mine, error))
                     for problem in problems:
-                        self.add(problem)
+                        if not self.of_no_interest(kind, problem):
+                            self.add(problem)
                     wrong = {str(undotted(p.keys[0])[0]) for p in problems}
                     mine = {k: v for k, v in mine.items() if k not in wrong}
         return built
+
+    @staticmethod
+    def of_no_interest(section: type[Section], problem: Problem) -> bool:
+        """Keys that old files have inside a block of a feature that is not built: the block as a whole is told."""
+        key = str(undotted(problem.keys[0])[0])
+        guessed = problem.remedy.startswith("Did you mean")
+        nested = problem.kind == "unknown_key" and key != problem.keys[0]
+        return nested and not guessed and facts(section, key).get("state") == "unavailable"
 
     def as_text(self, values: dict[str, Any], error: ValidationError) -> bool:
         """Where text is expected and the file has a number, takes the number as it was written. True when it did."""
@@ -211,6 +221,8 @@ def _finish(loading: Loading, verb: str, checks: Sequence[Check]) -> Config:
         spots=loading.document.spots,
         lines=loading.lines,
     )
+    for problem in idle_keys(config):
+        loading.add(problem)
     # A key whose value is wrong in itself says nothing about its neighbours.
     wrong = frozenset(loading.bad)
     for problem in [*broken_rules(config, verb), *(p for check in checks for p in check(config))]:

@@ -14,14 +14,19 @@ from axolotl.config.section import (
     PositiveInt,
     Section,
     Text,
+    idle,
     later,
     required,
+    validated,
 )
 
 
 def _auto(value: Any) -> Any:
     # bf16 decides; `auto` here means the same as leaving it out.
     return None if value == "auto" else value
+
+
+KERNELS = "this kernel is not built yet, and the plain path computes the same"
 
 
 class SpecialTokens(Block):
@@ -93,7 +98,7 @@ class ModelSection(Section):
     """Start from random weights of the model's architecture, as pretraining from nothing does."""
     num_labels: PositiveInt | None = later("reward models")
     """Number of classes of a classification head."""
-    low_cpu_mem_usage: bool | None = None
+    low_cpu_mem_usage: bool | None = idle("weights are always loaded piece by piece")
     """Load weights piece by piece, so that the model is never twice in memory."""
     device: Any = None
     """Device to load onto; chosen by itself when unset."""
@@ -103,18 +108,18 @@ class ModelSection(Section):
     """Memory that loading may use on each device."""
     gpu_memory_limit: int | Text | None = None
     """Memory that loading may use on each GPU, in GiB or with a unit."""
-    experimental_skip_move_to_device: bool = True
+    experimental_skip_move_to_device: bool = idle("the model is loaded where it trains", True)
     """Leave the model where loading put it."""
     llama4_linearized_experts: bool = later("mixture-of-experts kernels", False)
     """Use plain linear layers for the experts of Llama 4, so that they can be quantised."""
     is_falcon_derived_model: bool | None = None
-    """Says that the model descends from Falcon."""
+    """Says that the model descends from Falcon, which its own configuration tells too."""
     is_llama_derived_model: bool | None = None
-    """Says that the model descends from Llama."""
+    """Says that the model descends from Llama, which its own configuration tells too."""
     is_mistral_derived_model: bool | None = None
-    """Says that the model descends from Mistral."""
+    """Says that the model descends from Mistral, which its own configuration tells too."""
     is_qwen_derived_model: bool | None = None
-    """Says that the model descends from Qwen."""
+    """Says that the model descends from Qwen, which its own configuration tells too."""
     unfrozen_parameters: list[Text] | None = None
     """Patterns of the parameters that are trained; all others stay frozen. A pattern may end in a row range."""
     freeze_mm_modules: bool = later("multimodal training", False)
@@ -131,7 +136,7 @@ class ModelSection(Section):
     """Keep the old treatment of spaces of Llama's tokenizer."""
     tokenizer_use_mistral_common: bool = later("the mistral-common tokenizer", False)
     """Use the tokenizer of the mistral-common package."""
-    tokenizer_save_jinja_files: bool = True
+    tokenizer_save_jinja_files: bool = idle("the template is always saved as a file too", True)
     """Save the chat template as a file of its own beside the tokenizer."""
     special_tokens: SpecialTokens | None = None
     """Tokens for beginning, end, padding and the unknown."""
@@ -145,7 +150,7 @@ class ModelSection(Section):
     """Start new token embeddings near the mean of the old ones."""
     shrink_embeddings: bool = False
     """Cut embeddings down to the tokenizer's size where the model has more."""
-    embeddings_skip_upcast: bool = False
+    embeddings_skip_upcast: bool = idle("embeddings keep the precision in which they were loaded", False)
     """Keep embeddings in the model's precision where training would raise them to float32."""
     fix_untrained_tokens: int | list[Int] | None = None
     """Ids of tokens whose embeddings were never trained and are set to the mean of the others."""
@@ -159,7 +164,7 @@ class ModelSection(Section):
     """Extra arguments for the bitsandbytes configuration."""
     gptq: bool = later("training on GPTQ weights", False)
     """The base model holds GPTQ weights."""
-    qlora_sharded_model_loading: bool = False
+    qlora_sharded_model_loading: bool = idle("it comes with FSDP", False)
     """Load 4-bit weights shard by shard on every process."""
     quantize_moe_experts: bool = later("mixture-of-experts kernels", False)
     """Also quantise the experts of a mixture-of-experts model."""
@@ -193,25 +198,25 @@ class ModelSection(Section):
     """Load and train purely in float32."""
     tf32: Literal["auto"] | bool = "auto"
     """Let float32 matrix products use TensorFloat-32; `auto` does so where the GPU can."""
-    fp32_norms: bool = False
+    fp32_norms: bool = validated("FSDP", False)
     """Keep the norm layers in float32."""
-    fp32_norm_classes: list[Text] | None = None
+    fp32_norm_classes: list[Text] | None = validated("FSDP")
     """Which norm classes to keep in float32."""
 
     # Attention
     attn_implementation: Text | None = None
     """Attention to use: eager, sdpa, flash_attention_2, flash_attention_3, flex_attention, xformers, or a Hub kernel."""
-    flex_attn_compile_kwargs: dict[str, Any] | None = None
+    flex_attn_compile_kwargs: dict[str, Any] | None = idle("flex attention is compiled with its defaults")
     """Arguments for compiling flex attention."""
-    flash_optimum: bool = False
+    flash_optimum: bool = idle("PyTorch's attention takes its place", False)
     """Use the attention of the optimum package; today's PyTorch attention takes its place."""
     gemma4_hybrid_attn_impl: bool = later("attention that differs from layer to layer", False)
     """Use another attention in Gemma 4's global layers."""
     large_head_attention: Text | None = later("attention for large heads")
     """Attention for models with very large heads: auto, sdpa or triton_flash."""
-    sdpa_varlen: bool | None = None
+    sdpa_varlen: bool | None = idle("packed rows are always kept apart")
     """Give PyTorch's attention the borders of packed rows instead of a mask."""
-    fused_attn_kernel: bool | None = None
+    fused_attn_kernel: bool | None = idle(KERNELS)
     """Fuse norm and rotary embedding of the attention where a kernel fits."""
     scaling_softmax: bool = later("attention with length-scaled softmax", False)
     """Scale attention scores with the length of the context."""

@@ -39,7 +39,7 @@ class OptimSection(Section):
     """Name of the optimizer."""
     optim_args: Text | dict[str, Any] | None = None
     """Extra arguments for the optimizer: a mapping, or `name=value,name=value`."""
-    optim_target_modules: list[Text] | Text | None = None
+    optim_target_modules: list[Text] | Text | None = later("optimizers that project gradients")
     """Layers whose gradients a projecting optimizer compresses; all_linear takes every linear layer."""
     learning_rate: PositiveFloat = required(0.0)
     """Highest learning rate of the schedule."""

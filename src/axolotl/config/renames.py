@@ -85,6 +85,7 @@ LEFTOVER = {
     "torchdistx_path": "this package is gone",
     "flash_attn_fuse_qkv": "attention is fused where a kernel fits",
     "data_seed": "`seed` decides the order of the data too",
+    "eval_max_new_tokens": "the evaluation generates no answers yet",
     "base_model_ignore_patterns": "only the weights that are needed are downloaded",
     "debug": "use the flag `--debug` of `axolotl preprocess`",
     "is_preprocess": "the command decides that",

@@ -46,6 +46,13 @@ def validated(feature: str, default: Any = None) -> Any:
     return Field(default=default, json_schema_extra={"state": "validated", "feature": feature})
 
 
+def idle(reason: str, default: Any = None) -> Any:
+    """A field that is accepted and does nothing, because nothing is lost: a faster path that is not built, or what is
+    so anyway. Setting it gives a warning with the reason, which completes "... has no effect: ...".
+    """
+    return Field(default=default, json_schema_extra={"state": "idle", "feature": reason})
+
+
 def required(empty: Any) -> Any:
     """A field that a training config has to set; `empty` stands where it is missing (rules tell the user)."""
     return Field(default=empty, json_schema_extra={"required": True})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from axolotl.config.section import PositiveInt, Section, Text, later, secret
+from axolotl.config.section import PositiveInt, Section, Text, idle, later, secret
 
 
 class TrackingSection(Section):
@@ -54,7 +54,7 @@ class TrackingSection(Section):
     """Continue an experiment (get), start one (create), or decide by itself (get_or_create)."""
     comet_online: bool | None = None
     """Send at once instead of writing to disk."""
-    comet_experiment_config: dict[str, Any] | None = None
+    comet_experiment_config: dict[str, Any] | None = idle("Comet's own settings are used")
     """Further options of Comet."""
     use_trackio: bool | None = None
     """Log figures with Trackio; on when trackio_project_name is set."""

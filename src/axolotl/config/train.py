@@ -17,6 +17,7 @@ from axolotl.config.section import (
     Section,
     Steps,
     Text,
+    idle,
     later,
 )
 
@@ -73,7 +74,7 @@ class TrainSection(Section):
     """Rows of one step on one device, instead of gradient_accumulation_steps."""
     eval_batch_size: PositiveInt | None = None
     """Rows in one forward pass of the evaluation; micro_batch_size when unset."""
-    auto_find_batch_size: bool | None = None
+    auto_find_batch_size: bool | None = later("finding the batch size")
     """Halve the batch when memory runs out, and start again."""
     num_epochs: PositiveFloat = 1.0
     """Times that training goes through the data."""
@@ -111,7 +112,9 @@ class TrainSection(Section):
         Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None
     ) = None
     """Mode of torch.compile."""
-    torch_compile_options: dict[str, bool | int | float | str] | None = None
+    torch_compile_options: dict[str, bool | int | float | str] | None = idle(
+        "torch.compile uses its own options"
+    )
     """Options of torch.compile."""
     torch_empty_cache_steps: PositiveInt | None = None
     """Steps after which PyTorch's cached memory is given back."""
@@ -121,9 +124,9 @@ class TrainSection(Section):
     # Logging
     logging_steps: Steps | None = None
     """Steps between two log lines."""
-    include_tokens_per_second: bool | None = None
+    include_tokens_per_second: bool | None = idle("tokens per second are always logged")
     """Log trained tokens per second."""
-    include_tkps: bool = True
+    include_tkps: bool = idle("tokens per second are always logged", True)
     """Log tokens per second and device."""
     profiler_steps: PositiveInt | None = None
     """Steps that PyTorch's profiler records."""
@@ -143,8 +146,6 @@ class TrainSection(Section):
     """Scores of these answers."""
     eval_table_size: NonNegativeInt | None = later("evaluation by generation")
     """Generated answers that are logged as a table."""
-    eval_max_new_tokens: PositiveInt | None = None
-    """Longest of these answers, in tokens."""
     do_bench_eval: bool = later("benchmarks in training", False)
     """Answer multiple-choice questions in the evaluation."""
     bench_dataset: Text | None = later("benchmarks in training")
@@ -153,19 +154,19 @@ class TrainSection(Section):
     """Its split."""
     generate_samples: bool = later("samples in training", False)
     """Write generated samples while training."""
-    num_generation_samples: PositiveInt = 3
+    num_generation_samples: PositiveInt = later("samples in training", 3)
     """Samples to generate."""
-    generation_max_new_tokens: PositiveInt = 50
+    generation_max_new_tokens: PositiveInt = later("samples in training", 50)
     """Longest sample, in tokens."""
-    generation_temperature: NonNegativeFloat = 0.7
+    generation_temperature: NonNegativeFloat = later("samples in training", 0.7)
     """Randomness of the samples."""
-    generation_top_p: Fraction | None = None
+    generation_top_p: Fraction | None = later("samples in training")
     """Draw from the likeliest tokens that hold this share of probability."""
-    generation_top_k: NonNegativeInt | None = None
+    generation_top_k: NonNegativeInt | None = later("samples in training")
     """Draw from this many of the likeliest tokens."""
-    generation_prompt_ratio: Fraction = 0.5
+    generation_prompt_ratio: Fraction = later("samples in training", 0.5)
     """Share of a row that is given as prompt."""
-    generation_do_sample: bool = True
+    generation_do_sample: bool = later("samples in training", True)
     """Draw tokens at random instead of taking the likeliest."""
     early_stopping_patience: PositiveInt | None = None
     """Evaluations without improvement after which training ends."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from axolotl.config.secrets import masked
 from axolotl.errors import ConfigError, Kind, Place, Problem
 
 MAX_BYTES = 2_000_000
@@ -68,7 +69,7 @@ def excerpt(lines: list[str], place: Place) -> str:
     if place.line is None or not 0 < place.line <= len(lines):
         return ""
     start = max(0, (place.column or 1) - 80)
-    text = lines[place.line - 1].rstrip("\n\r")[start : start + 120].replace("\t", " ")
+    text = masked(lines[place.line - 1].rstrip("\n\r"))[start : start + 120].replace("\t", " ")
     number = f"{place.line:>5} | "
     column = (place.column or 1) - start
     return f"{number}{text}\n{' ' * (len(number) - 2)}| {' ' * (column - 1)}^"
@@ -105,16 +106,8 @@ def _syntax(message: str, remedy: str, place: Place, lines: list[str], kind: Kin
 def decode(raw: bytes, name: str) -> str:
     """The text of a config file. Raises ConfigError for anything that is not plain UTF-8 text of a sane size."""
     if len(raw) > MAX_BYTES:
-        size = f"{len(raw) / 1e6:.1f} MB"
-        raise ConfigError(
-            Problem(
-                f"{name} has {size}; a config has at most {MAX_BYTES // 1_000_000} MB.",
-                "Is this the right file?",
-                "syntax",
-                (),
-                (Place(name),),
-            )
-        )
+        message = f"{name} is larger than {MAX_BYTES // 1_000_000} MB."
+        raise ConfigError(Problem(message, "Is this the right file?", "syntax", (), (Place(name),)))
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ConfigError(
             Problem(f"{name} is UTF-16 text.", "Save it as UTF-8.", "syntax", (), (Place(name, 1),))

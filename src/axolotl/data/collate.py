@@ -79,7 +79,11 @@ class PackedCollator:
     multiple_of: int | None = None
 
     def __call__(self, bins: Sequence[Sequence[Row]]) -> Batch:
-        lines = [[row for each in bins for row in each]] if self.joined or not bins else [list(each) for each in bins]
+        lines = (
+            [[row for each in bins for row in each]]
+            if self.joined or not bins
+            else [list(each) for each in bins]
+        )
         longest = max(sum(len(ids) for ids, _ in line) for line in lines)
         T = padded_length(longest, self.multiple_of, self.pad_to)
         B = len(lines)

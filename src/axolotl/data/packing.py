@@ -17,7 +17,9 @@ import numpy as np
 from axolotl.errors import DataError
 
 Order = Literal["shuffled", "sequential", "by_length"]
-MEGABATCH = 50  # batches among which `by_length` sorts: wide enough to pad little, narrow enough to stay random
+MEGABATCH = (
+    50  # batches among which `by_length` sorts: wide enough to pad little, narrow enough to stay random
+)
 
 
 @dataclass(frozen=True, eq=False)

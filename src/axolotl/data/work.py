@@ -6,14 +6,17 @@ This file and what it imports stay free of torch, transformers and datasets: a w
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl.data.filters import FilteredRows, Limits, filter_rows
 from axolotl.data.formats import resolve_format
 from axolotl.data.render import build_renderer
 from axolotl.data.types import FormatValue, Rendered, RowProblem
+from axolotl.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -110,6 +113,8 @@ class ChunkWorker:
                 ids.append(row_id)
             except RowProblem as problem:
                 failures.append(_failure(row_id, problem))
+            except UserError:  # about the format itself, not about this row
+                raise
             except Exception as error:
                 failures.append(_failure(row_id, _unexpected(f"the format `{format_.name}` failed", error)))
         rendered: list[Sequence[Rendered]] = []
@@ -141,18 +146,23 @@ def _render(renderer: Any, values: list[FormatValue]) -> list[list[Rendered] | R
         return []
     try:
         return list(renderer.render_batch(values))
+    except UserError:
+        raise
     except Exception:
         results: list[list[Rendered] | RowProblem] = []
         for value in values:
             try:
                 results += renderer.render_batch([value])
+            except UserError:
+                raise
             except Exception as error:
                 results.append(_unexpected("rendering failed", error))
         return results
 
 
 def _unexpected(what: str, error: Exception) -> RowProblem:
-    return RowProblem(what, f"{type(error).__name__}: {error}")
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return RowProblem(what, f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})")
 
 
 def _failure(row_id: tuple[str, int], problem: RowProblem) -> RowFailure:

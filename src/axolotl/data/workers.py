@@ -23,12 +23,16 @@ from typing import Any
 
 from axolotl.data.formats import formats
 from axolotl.data.work import ChunkResult, ChunkWorker, Job, Row
-from axolotl.errors import EnvironmentProblem
+from axolotl.errors import EnvironmentProblem, Problem, UserError
 
 _FEW_CHUNKS = 6
 """A dataset of no more chunks is prepared without workers: they would take longer to start."""
 _AHEAD = 2
 """Chunks that a worker has at a time: one in work, one waiting, so that it is never idle."""
+
+
+Told = tuple[type[UserError], tuple[Problem, ...]]
+"""A UserError on its way from a worker."""
 
 
 class WorkerFailed(Exception):
@@ -57,7 +61,9 @@ def _serve(connection: Connection, payload: bytes) -> None:
             if worker is None:
                 worker = ChunkWorker(*pickle.loads(payload))
             number, job, rows = pickle.loads(task)
-            answer: tuple[int, ChunkResult | str] = (number, worker.process(job, rows))
+            answer: tuple[int, ChunkResult | Told | str] = (number, worker.process(job, rows))
+        except UserError as error:
+            answer = (-1, (type(error), error.problems))
         except Exception:
             answer = (-1, _traceback())
         try:
@@ -135,6 +141,9 @@ class WorkerPool:
                 raise self._dead(target) from None
             if isinstance(result, str):
                 raise WorkerFailed(result)
+            if isinstance(result, tuple):
+                kind, problems = result
+                raise kind(problems)
             done[number] = result
             load[target] -= 1
 

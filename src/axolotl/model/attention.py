@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,7 +54,9 @@ _OURS = Backend(PACKED, "sdpa")
 BACKENDS: dict[str, Backend] = {
     "eager": Backend("eager", "eager"),
     "sdpa": Backend("sdpa", "sdpa"),
-    "flex_attention": Backend("flex_attention", "flex_attention", "flex attention has no backward pass on the CPU"),
+    "flex_attention": Backend(
+        "flex_attention", "flex_attention", "flex attention has no backward pass on the CPU"
+    ),
     "flash_attention_2": _OURS,
     "flash_attention_3": _OURS,
     "flash_attention_4": _OURS,
@@ -123,7 +126,11 @@ def packed_attention(
     if plain and sliding_window is None and cu_seq_lens_q is None:
         out = _sdpa(query, key, value, scaling, dropout)
         return out.transpose(1, 2).contiguous(), None
-    kernel = _kernel(query.device.type, query.dtype, D, dropout > 0) if plain and cu_seq_lens_q is not None else None
+    kernel = (
+        _kernel(query.device.type, query.dtype, D, dropout > 0)
+        if plain and cu_seq_lens_q is not None
+        else None
+    )
     if kernel is not None:
         window = (sliding_window - 1 if sliding_window else -1, 0)
         longest = max_length_q or T
@@ -131,19 +138,31 @@ def packed_attention(
         out = kernel(q, k, v, cu_seq_lens_q, longest, scaling, window)
         return out.reshape(B, T, H, D), None
     one = functools.partial(
-        _document, scaling=scaling, dropout=dropout, causal=causal, window=sliding_window, softcap=softcap, sinks=sinks
+        _document,
+        scaling=scaling,
+        dropout=dropout,
+        causal=causal,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=sinks,
     )
     if cu_seq_lens_q is None:
         return one(query, key, value).transpose(1, 2).contiguous(), None
     if B > 1:
         query, key, value = (x.transpose(0, 1).reshape(1, x.shape[1], B * T, D) for x in (query, key, value))
     borders = _on_host(cu_seq_lens_q)
-    outs = [one(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b]) for a, b in zip(borders, borders[1:]) if b > a]
+    outs = [
+        one(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b])
+        for a, b in itertools.pairwise(borders)
+        if b > a
+    ]
     out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
     return out.transpose(1, 2).reshape(B, T, H, D), None
 
 
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, dropout: float) -> torch.Tensor:
+def _sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None, dropout: float
+) -> torch.Tensor:
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=scaling, dropout_p=dropout, enable_gqa=grouped
@@ -164,7 +183,7 @@ def _document(
 ) -> torch.Tensor:
     """One document by plain torch, [1,H,N,D]. A window is worked through in blocks, so that no N*N mask is built."""
     N = query.shape[2]
-    if causal and softcap is None and sinks is None and (window is None or N <= window):
+    if causal and softcap is None and sinks is None and (window is None or window >= N):
         return _sdpa(query, key, value, scaling, dropout)
     block = N if window is None or not causal else max(window, 64)
     groups = query.shape[1] // key.shape[1]
@@ -183,7 +202,9 @@ def _document(
             seen &= k_at > q_at - window if causal else (k_at - q_at).abs() < window
         q = query[:, :, start:stop]
         if softcap is None and sinks is None:
-            outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, dropout_p=dropout))
+            outs.append(
+                F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, dropout_p=dropout)
+            )
         else:
             outs.append(_scores(q, k, v, seen, scaling, dropout, softcap, sinks))
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
@@ -219,7 +240,13 @@ Kernel = Callable[..., torch.Tensor]
 @functools.cache
 def _kernel(device: str, dtype: torch.dtype, head_dim: int, dropout: bool) -> Kernel | None:
     """The variable-length kernel for these tensors, or None where documents are done one by one."""
-    if device != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim > 256 or head_dim % 8 or dropout:
+    if (
+        device != "cuda"
+        or dtype not in (torch.float16, torch.bfloat16)
+        or head_dim > 256
+        or head_dim % 8
+        or dropout
+    ):
         return None
     flash = _load("flash_attn", "flash_attn_varlen_func")
     if flash is not None:
@@ -278,7 +305,7 @@ def _read_restarts(position_ids: torch.Tensor) -> tuple[torch.Tensor | None, int
         return None, None
     borders = [0, *starts, position_ids.shape[1]]
     cu = torch.tensor(borders, dtype=torch.int32, device=position_ids.device)
-    return cu, max(b - a for a, b in zip(borders, borders[1:]))
+    return cu, max(b - a for a, b in itertools.pairwise(borders))
 
 
 _on_host: Callable[[torch.Tensor], list[int]] = _Remembered(lambda cu: cu.tolist())
@@ -318,4 +345,3 @@ def generating(model: PreTrainedModel) -> Iterator[None]:
     finally:
         if before == PACKED:
             set_attention(model, PACKED)
-

@@ -60,4 +60,6 @@ class Adopt(torch.optim.Optimizer):
 def adopt_adamw(groups: list[Group], optim: OptimSection, model: torch.nn.Module) -> torch.optim.Optimizer:
     """ADOPT with weight decay apart from the gradient."""
     eps = optim.adam_epsilon or 1e-6
-    return Adopt(groups, lr=optim.learning_rate, betas=adam_betas(optim, (0.9, 0.9999)), eps=eps, **options(optim))
+    return Adopt(
+        groups, lr=optim.learning_rate, betas=adam_betas(optim, (0.9, 0.9999)), eps=eps, **options(optim)
+    )

@@ -38,7 +38,9 @@ def build_optimizer(model: nn.Module, optim: OptimSection, adapter: AdapterSecti
     except (TypeError, ValueError) as error:
         message = f"`optimizer: {optim.optimizer}` does not take these arguments: {error}."
         keys = ("optimizer", "optim_args")
-        raise ConfigError(Problem(message, "Check optim_args and the adam_* keys.", "invalid_value", keys)) from error
+        raise ConfigError(
+            Problem(message, "Check optim_args and the adam_* keys.", "invalid_value", keys)
+        ) from error
 
 
 def build_schedule(optimizer: Optimizer, optim: OptimSection, total_steps: int) -> LRScheduler:

@@ -15,7 +15,10 @@ Group = dict[str, Any]
 
 def is_embedding(name: str) -> bool:
     """True for the token embeddings, the output head, and the copies of them that an adapter trains."""
-    return any(part in name for part in ("embed_tokens", "lm_head", "lora_embedding", "wte.", "embed_in.", "embed_out."))
+    return any(
+        part in name
+        for part in ("embed_tokens", "lm_head", "lora_embedding", "wte.", "embed_in.", "embed_out.")
+    )
 
 
 def parameter_groups(model: nn.Module, optim: OptimSection, adapter: AdapterSection) -> list[Group]:
@@ -24,13 +27,20 @@ def parameter_groups(model: nn.Module, optim: OptimSection, adapter: AdapterSect
     Biases, norms and other vectors get no weight decay, and neither do embeddings with a learning rate of their own.
     Raises ConfigError where a group of `lr_groups` matches no trained parameter, ModelError where nothing is trained.
     """
-    norms = {id(p) for m in model.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)}
+    norms = {
+        id(p)
+        for m in model.modules()
+        if "norm" in type(m).__name__.lower()
+        for p in m.parameters(recurse=False)
+    }
     found: dict[tuple[str, bool], Group] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         group, lr = _group_of(name, optim, adapter)
-        decays = group != "embeddings" and parameter.ndim > 1 and id(parameter) not in norms and "bias" not in name
+        decays = (
+            group != "embeddings" and parameter.ndim > 1 and id(parameter) not in norms and "bias" not in name
+        )
         key = (group, decays)
         if key not in found:
             label = group if decays or group == "embeddings" else f"{group}, no decay"
@@ -39,7 +49,9 @@ def parameter_groups(model: nn.Module, optim: OptimSection, adapter: AdapterSect
                 found[key]["lr"] = lr
         found[key]["params"].append(parameter)
     if not found:
-        raise ModelError("No parameter of the model is trained.", "Check `adapter` and `unfrozen_parameters`.")
+        raise ModelError(
+            "No parameter of the model is trained.", "Check `adapter` and `unfrozen_parameters`."
+        )
     groups = {group for group, _ in found}
     missing = [g.name for g in optim.lr_groups or [] if g.name not in groups]
     if missing:
@@ -66,6 +78,8 @@ def _group_of(name: str, optim: OptimSection, adapter: AdapterSection) -> tuple[
         if "lora_B" in name:
             return "lora_B", optim.learning_rate * adapter.loraplus_lr_ratio
     if is_embedding(name) and (optim.embedding_lr or optim.embedding_lr_scale):
-        own = optim.learning_rate * optim.embedding_lr_scale if optim.embedding_lr_scale else optim.embedding_lr
+        own = (
+            optim.learning_rate * optim.embedding_lr_scale if optim.embedding_lr_scale else optim.embedding_lr
+        )
         return "embeddings", own
     return "weights", None

@@ -95,7 +95,12 @@ def _bitsandbytes(name: str, groups: list[Group], model: nn.Module, arguments: d
 
 
 @optimizers.register(
-    "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "paged_adamw", extra="bitsandbytes"
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw",
+    extra="bitsandbytes",
 )
 def adamw_bitsandbytes(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """AdamW with its state in 8 bits, or paged out of the GPU's memory when that runs short."""
@@ -130,36 +135,45 @@ def rmsprop_bitsandbytes(groups: list[Group], optim: OptimSection, model: nn.Mod
 def adamw_torchao(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """AdamW of torchao, its state in 8 bits, 4 bits or 8-bit floats."""
     package = require_extra("torchao.optim", "torchao", f"The optimizer `{optim.optimizer}`")
-    kind = next(k for end, k in (("8bit", "8bit"), ("4bit", "4bit"), ("fp8", "Fp8")) if optim.optimizer.endswith(end))
+    kind = next(
+        k for end, k in (("8bit", "8bit"), ("4bit", "4bit"), ("fp8", "Fp8")) if optim.optimizer.endswith(end)
+    )
     return getattr(package, f"AdamW{kind}")(groups, **adam(optim))
 
 
-@optimizers.register("schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam", extra="schedulefree")
+@optimizers.register("schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam", extra="optimizers")
 def schedule_free(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """An optimizer that averages its own path instead of following a schedule; use it with a constant one."""
-    package = require_extra("schedulefree", "schedulefree", f"The optimizer `{optim.optimizer}`")
+    package = require_extra("schedulefree", "optimizers", f"The optimizer `{optim.optimizer}`")
     if optim.optimizer.endswith("sgd"):
         return package.SGDScheduleFree(groups, lr=optim.learning_rate, **options(optim))
     kind = package.RAdamScheduleFree if optim.optimizer.endswith("radam") else package.AdamWScheduleFree
     return kind(groups, **adam(optim))
 
 
-@optimizers.register("optimi_adamw", "stable_adamw", extra="optimi")
+@optimizers.register("optimi_adamw", "stable_adamw", extra="optimizers")
 def optimi(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """AdamW of optimi, exact in pure bfloat16 by Kahan summation; or StableAdamW, which clips its own updates."""
-    package = require_extra("optimi", "optimi", f"The optimizer `{optim.optimizer}`")
+    package = require_extra("optimi", "optimizers", f"The optimizer `{optim.optimizer}`")
     kind = package.StableAdamW if optim.optimizer == "stable_adamw" else package.AdamW
     return kind(groups, **adam(optim))
 
 
-@optimizers.register("came_pytorch", extra="came")
+@optimizers.register("came_pytorch", extra="optimizers")
 def came(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """CAME: Adafactor's memory with Adam's stability."""
-    package = require_extra("came_pytorch", "came", f"The optimizer `{optim.optimizer}`")
+    package = require_extra("came_pytorch", "optimizers", f"The optimizer `{optim.optimizer}`")
     third = 0.9999 if optim.adam_beta3 is None else optim.adam_beta3
     eps = (optim.adam_epsilon or 1e-30, optim.adam_epsilon2 or 1e-16)
     own = {"lr": optim.learning_rate, "betas": (*adam_betas(optim), third), "eps": eps}
     return package.CAME(groups, **(own | options(optim)))
+
+
+@optimizers.register("grokadamw", extra="optimizers")
+def grokadamw(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
+    """GrokAdamW: AdamW that amplifies slow gradients."""
+    package = require_extra("grokadamw", "optimizers", f"The optimizer `{optim.optimizer}`")
+    return package.GrokAdamW(groups, **adam(optim))
 
 
 def _unavailable(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
@@ -178,15 +192,16 @@ optimizers.register(
     unavailable="GaLore's package is no longer kept up; LoRA or adamw_8bit save as much memory",
 )(_unavailable)
 optimizers.register(
-    "apollo_adamw", "apollo_adamw_layerwise", unavailable="APOLLO is not built in yet; adamw_8bit saves memory too"
+    "apollo_adamw",
+    "apollo_adamw_layerwise",
+    unavailable="APOLLO is not built in yet; adamw_8bit saves memory too",
 )(_unavailable)
 optimizers.register(
     "lomo", "adalomo", unavailable="LOMO steps inside the backward pass, which this trainer does not do"
 )(_unavailable)
-optimizers.register("adamw_anyprecision", unavailable="its package torchdistx was given up; use optimi_adamw")(
-    _unavailable
-)
-optimizers.register("grokadamw", unavailable="its package is no longer kept up; use adamw_torch_fused")(_unavailable)
+optimizers.register(
+    "adamw_anyprecision", unavailable="its package torchdistx was given up; use optimi_adamw"
+)(_unavailable)
 optimizers.register("dion", unavailable="Dion is not built in yet; use muon")(_unavailable)
 optimizers.register("sinkgd", unavailable="SinkGD is not built in yet; use adafactor")(_unavailable)
 optimizers.register(
@@ -198,5 +213,8 @@ optimizers.register(
     unavailable="the flash optimizers are not built in yet; use adamw_torch_fused",
 )(_unavailable)
 optimizers.register(
-    "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_apex_fused", unavailable="use adamw_torch_fused on this platform"
+    "adamw_torch_xla",
+    "adamw_torch_npu_fused",
+    "adamw_apex_fused",
+    unavailable="use adamw_torch_fused on this platform",
 )(_unavailable)

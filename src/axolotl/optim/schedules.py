@@ -28,7 +28,9 @@ from axolotl.optim.registry import schedules
 def transformers_schedule(optimizer: Optimizer, optim: OptimSection, warmup: int, total: int) -> LRScheduler:
     """A schedule of transformers, with `lr_scheduler_kwargs` as its own arguments."""
     arguments = dict(optim.lr_scheduler_kwargs or {})
-    if optim.lr_scheduler == "warmup_stable_decay" and not {"num_decay_steps", "num_stable_steps"} & set(arguments):
+    if optim.lr_scheduler == "warmup_stable_decay" and not {"num_decay_steps", "num_stable_steps"} & set(
+        arguments
+    ):
         # A tenth of the run for the decay, where the user does not say.
         arguments["num_decay_steps"] = max(1, total // 10)
     return get_scheduler(
@@ -47,7 +49,9 @@ def cosine(optimizer: Optimizer, optim: OptimSection, warmup: int, total: int) -
     With `cosine_constant_lr_ratio` the end is reached after that share of the steps, and kept from there on.
     """
     low = optim.cosine_min_lr_ratio or 0.0
-    end = total if optim.cosine_constant_lr_ratio is None else math.ceil(total * optim.cosine_constant_lr_ratio)
+    end = (
+        total if optim.cosine_constant_lr_ratio is None else math.ceil(total * optim.cosine_constant_lr_ratio)
+    )
     cycles = float((optim.lr_scheduler_kwargs or {}).get("num_cycles", 0.5))
 
     def factor(step: int) -> float:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from axolotl import console
 from axolotl.config import Config, Hardware, resolve
+from axolotl.config.plugins import import_plugins, own_plugins
 from axolotl.errors import ConfigError, DataError, EnvironmentProblem, ModelError, Problem, UserError
+from axolotl.plan.check import component_problems
 
 _ERRORS: dict[str, type[UserError]] = {
     "data": DataError,
@@ -21,6 +23,9 @@ _ERRORS: dict[str, type[UserError]] = {
 def ready(cfg: Config, hardware: Hardware) -> Config:
     """The config with automatic values filled in; its warnings are shown."""
     refuse(cfg.warnings)
+    import_plugins(cfg)
+    if own_plugins(cfg):
+        refuse(component_problems(cfg))
     resolved, changes = resolve(cfg, hardware)
     for change in changes:
         console.detail(f"{change.key}: {change.value} ({change.reason})")

@@ -47,7 +47,9 @@ TABLE: tuple[Row, ...] = (
     Row("neftune_noise_alpha", ("neftune_noise_alpha",)),
     Row("fp16", ("fp16",)),
     Row("gradient_checkpointing", ("activation_checkpointing", "gradient_checkpointing")),
-    Row("gradient_checkpointing_kwargs", ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")),
+    Row(
+        "gradient_checkpointing_kwargs", ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+    ),
     Row("torch_compile", ("torch_compile",), lambda on: on is True),
     Row("torch_compile_backend", ("torch_compile_backend",)),
     Row("torch_compile_mode", ("torch_compile_mode",)),
@@ -121,7 +123,9 @@ def build_arguments(
         name = next((n for n in row.arguments if n in known), None)
         if name is None:
             if cfg.is_set(row.key):
-                warn_once(f"This version of transformers has no `{row.arguments[0]}`; `{row.key}` does nothing.")
+                warn_once(
+                    f"This version of transformers has no `{row.arguments[0]}`; `{row.key}` does nothing."
+                )
             continue
         values[name] = row.turn(value)
     when = cadence(cfg.train, volume.steps_per_epoch, volume.total_steps, has_eval_data=has_eval_data)
@@ -133,7 +137,9 @@ def build_arguments(
     return arguments_class(**{k: v for k, v in values.items() if k in known}), when
 
 
-def _course(cfg: Config, volume: Volume, when: Cadence, has_eval_data: bool, resuming: bool) -> dict[str, Any]:
+def _course(
+    cfg: Config, volume: Volume, when: Cadence, has_eval_data: bool, resuming: bool
+) -> dict[str, Any]:
     """Length of the run, evaluation and saving. The steps themselves are ours: see `Cadence` and its callback."""
     train = cfg.train
     never = volume.total_steps + 1

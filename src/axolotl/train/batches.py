@@ -100,7 +100,9 @@ class BatchSource:
         sha.update(f"{self.bins_per_batch}".encode())
         return sha.hexdigest()[:16]
 
-    def loader(self, train: TrainSection, rank: int = 0, ranks: int = 1, *, evaluation: bool = False) -> DataLoader[Any]:
+    def loader(
+        self, train: TrainSection, rank: int = 0, ranks: int = 1, *, evaluation: bool = False
+    ) -> DataLoader[Any]:
         """The data loader of one rank."""
         sampler = EpochBatches(
             self.plan_of,

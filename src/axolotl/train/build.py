@@ -66,7 +66,9 @@ def build_trainer(
     """
     method = method_of(cfg.method)
     attention = attention_for(cfg.model, cfg.data, hardware)
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
     attention = _apply_attention(inner, attention, cfg)
     alignment = 8 if hardware.device == "cuda" else None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -173,12 +175,16 @@ def _packing_problem(model: PreTrainedModel, choice: AttentionChoice) -> Problem
 
 def _ready_for_training(model: PreTrainedModel, cfg: Config) -> None:
     model.config.use_cache = False
-    if cfg.train.gradient_checkpointing and (cfg.train.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    if cfg.train.gradient_checkpointing and (cfg.train.gradient_checkpointing_kwargs or {}).get(
+        "use_reentrant"
+    ):
         # Reentrant checkpoints only carry gradients to layers whose input has one; frozen embeddings give none.
         model.enable_input_require_grads()
 
 
-def _probe(trainer: Any, model: PreTrainedModel, attention: AttentionChoice, parts: Parts, cfg: Config) -> None:
+def _probe(
+    trainer: Any, model: PreTrainedModel, attention: AttentionChoice, parts: Parts, cfg: Config
+) -> None:
     if not hasattr(model.config, "vocab_size") or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return
     device = trainer.args.device

@@ -14,7 +14,10 @@ from types import FrameType
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import TrainerControl as Control
+from transformers.trainer_callback import TrainerState as State
+from transformers.training_args import TrainingArguments as Args
 
 from axolotl.config.train import TrainSection
 from axolotl.console import note
@@ -24,7 +27,6 @@ from axolotl.train.cadence import Cadence
 from axolotl.train.trainer import TrainerMixin
 
 LOSS_PATIENCE = 3
-Args, State, Control = TrainingArguments, TrainerState, TrainerControl
 
 
 class TrainingDiverged(AxolotlError):
@@ -131,7 +133,9 @@ class CollectGarbage(TrainerCallback):
         self.every = train.gc_collect_steps or 0
 
     def on_step_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
-        if (self.every > 0 and state.global_step % self.every == 0) or (self.every < 0 and control.should_evaluate):
+        if (self.every > 0 and state.global_step % self.every == 0) or (
+            self.every < 0 and control.should_evaluate
+        ):
             gc.collect()
 
     def on_epoch_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:

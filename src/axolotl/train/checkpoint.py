@@ -98,7 +98,9 @@ def damage(folder: Path) -> str | None:
     """
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        return None if (folder / "trainer_state.json").is_file() else "it has neither manifest nor trainer state"
+        return (
+            None if (folder / "trainer_state.json").is_file() else "it has neither manifest nor trainer state"
+        )
     try:
         expected: dict[str, dict[str, Any]] = json.loads(manifest.read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -122,7 +124,11 @@ def resumable(folder: Path) -> str | None:
     """Why training cannot go on from a checkpoint, or None."""
     if not (folder / "trainer_state.json").is_file():
         return "it has no trainer state"
-    if not (folder / "optimizer.pt").is_file() and not any(folder.glob("optimizer*")) and not any(folder.glob("global_step*")):
+    if (
+        not (folder / "optimizer.pt").is_file()
+        and not any(folder.glob("optimizer*"))
+        and not any(folder.glob("global_step*"))
+    ):
         return "it holds weights only (save_only_model)"
     return damage(folder)
 
@@ -151,7 +157,9 @@ def resume_folder(resume: str | None, auto: bool, output_dir: Path) -> Path | No
         folder = Path(resume)
         if not folder.is_dir():
             found = [str(p) for p in list_checkpoints(output_dir)]
-            remedy = f"There are: {', '.join(found)}." if found else f"There is no checkpoint in {output_dir}."
+            remedy = (
+                f"There are: {', '.join(found)}." if found else f"There is no checkpoint in {output_dir}."
+            )
             raise CheckpointError(_problem(f"`resume_from_checkpoint: {resume}` is not a folder.", remedy))
         problem = resumable(folder)
         if problem:
@@ -193,11 +201,15 @@ def differences(saved: RunState, present: RunState) -> list[str]:
     """What has changed since a checkpoint was saved, in words, for the user who resumes from it."""
     found = []
     if saved.plan != present.plan:
-        found.append("the training data or how it is batched has changed; training goes on at the same step of the new order")
+        found.append(
+            "the training data or how it is batched has changed; training goes on at the same step of the new order"
+        )
     if saved.seed != present.seed:
         found.append(f"seed was {saved.seed} and is {present.seed}; the order of the rows is another one")
     if saved.ranks != present.ranks:
-        found.append(f"there were {saved.ranks} processes and are {present.ranks}; random numbers will differ")
+        found.append(
+            f"there were {saved.ranks} processes and are {present.ranks}; random numbers will differ"
+        )
     if saved.total_steps != present.total_steps:
         found.append(
             f"the run had {saved.total_steps} steps and has {present.total_steps}; the learning rate follows the new course"
@@ -241,7 +253,10 @@ def _hashed(folder: Path, names: list[str] | None = None) -> dict[str, dict[str,
     # Hashing lets other threads run meanwhile.
     with ThreadPoolExecutor(max_workers=4) as pool:
         hashes = list(pool.map(lambda name: _sha256(folder / name), names))
-    return {name: {"size": (folder / name).stat().st_size, "sha256": h} for name, h in zip(names, hashes, strict=True)}
+    return {
+        name: {"size": (folder / name).stat().st_size, "sha256": h}
+        for name, h in zip(names, hashes, strict=True)
+    }
 
 
 def _sha256(file: Path) -> str:

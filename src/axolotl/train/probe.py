@@ -39,7 +39,8 @@ def loss_takes_tokens(model: PreTrainedModel, attention: AttentionChoice, device
 
 def _documents(model: PreTrainedModel) -> list[tuple[np.ndarray, np.ndarray]]:
     draw = np.random.default_rng(0)
-    words = min(int(model.get_input_embeddings().weight.shape[0]), 1000)
+    embeddings: Any = model.get_input_embeddings()
+    words = min(int(embeddings.weight.shape[0]), 1000)
     found = []
     for length in LENGTHS:
         ids = draw.integers(0, words, length)

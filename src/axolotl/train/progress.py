@@ -23,12 +23,14 @@ from typing import IO, Any
 
 from rich.live import Live
 from rich.text import Text
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import TrainerControl as Control
+from transformers.trainer_callback import TrainerState as State
+from transformers.training_args import TrainingArguments as Args
 
 from axolotl.console import is_main_process, stderr
 
 REFRESH = 0.1  # seconds between two redrawings of the live line
-Args, State, Control = TrainingArguments, TrainerState, TrainerControl
 
 
 class RunLog(TrainerCallback):
@@ -115,7 +117,9 @@ class ProgressLine(TrainerCallback):
         if kind == "train":
             per_step = logs.get("seconds_per_step", 0.0)
             self.pace = per_step if self.pace is None else 0.9 * self.pace + 0.1 * per_step
-            self._draw(training_line(logs, state.global_step, self.total, self.pace), state.global_step >= self.total)
+            self._draw(
+                training_line(logs, state.global_step, self.total, self.pace), state.global_step >= self.total
+            )
         elif kind == "eval":
             self.evaluated = 0
             self._say(evaluation_line(logs, state.global_step))
@@ -165,7 +169,9 @@ def training_line(logs: dict[str, Any], step: int, total: int, pace: float | Non
 def evaluation_line(logs: dict[str, Any], step: int) -> str:
     """`step 50: eval loss 1.2345 (perplexity 3.44)`."""
     losses = [
-        f"{key.removesuffix('_loss').replace('_', ' ')} loss {value:.4f}" for key, value in logs.items() if key.endswith("_loss")
+        f"{key.removesuffix('_loss').replace('_', ' ')} loss {value:.4f}"
+        for key, value in logs.items()
+        if key.endswith("_loss")
     ]
     ppl = next((f" (perplexity {v:.2f})" for k, v in logs.items() if k.endswith("_ppl")), "")
     return f"step {step}: {', '.join(losses)}{ppl}"

@@ -152,13 +152,17 @@ def _stopped(trainer: Trainer, cfg: Config, received: signal.Signals) -> TrainRe
     saved = folder if folder.is_dir() else None
     if saved:
         command = f"axolotl train {_sources(cfg)} --resume-from-checkpoint {saved}"
-        note(f"Stopped by {received.name} at step {step} of {total}; saved {saved}.\nTo continue:\n  {command}")
+        note(
+            f"Stopped by {received.name} at step {step} of {total}; saved {saved}.\nTo continue:\n  {command}"
+        )
     else:
         note(f"Stopped by {received.name} at step {step} of {total}; no checkpoint could be saved.")
     return TrainResult(step, False, None, {}, 128 + received.value, saved)
 
 
-def _finish(trainer: Trainer, cfg: Config, loss: float | None, metrics: dict[str, float], started: float) -> TrainResult:
+def _finish(
+    trainer: Trainer, cfg: Config, loss: float | None, metrics: dict[str, float], started: float
+) -> TrainResult:
     output_dir = trainer.parts.output_dir  # type: ignore[attr-defined]
     save_final(trainer, cfg)
     if world().is_main:
@@ -210,7 +214,11 @@ def model_card(trainer: Trainer, cfg: Config) -> str:
     kind = cfg.adapter.adapter
     data = ", ".join(f"`{entry.path}`" for entry in cfg.data.datasets) or "none named"
     library = "peft" if kind else "transformers"
-    what = f"A {kind.upper() if kind == 'lora' else 'QLoRA' if kind == 'qlora' else kind} adapter for" if kind else "A fine-tuned"
+    what = (
+        f"A {kind.upper() if kind == 'lora' else 'QLoRA' if kind == 'qlora' else kind} adapter for"
+        if kind
+        else "A fine-tuned"
+    )
     return (
         f"---\nlibrary_name: {library}\nbase_model: {base}\ntags:\n- axolotl\n- generated_from_trainer\n---\n\n"
         f"# {Path(cfg.output.output_dir).name}\n\n"

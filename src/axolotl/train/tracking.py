@@ -29,9 +29,13 @@ def trackers(tracking: TrackingSection) -> list[str]:
     asked = {
         "tensorboard": tracking.use_tensorboard,
         "wandb": bool(tracking.wandb_project) if tracking.use_wandb is None else tracking.use_wandb,
-        "mlflow": bool(tracking.mlflow_experiment_name) if tracking.use_mlflow is None else tracking.use_mlflow,
+        "mlflow": bool(tracking.mlflow_experiment_name)
+        if tracking.use_mlflow is None
+        else tracking.use_mlflow,
         "comet_ml": bool(tracking.comet_project_name) if tracking.use_comet is None else tracking.use_comet,
-        "trackio": bool(tracking.trackio_project_name) if tracking.use_trackio is None else tracking.use_trackio,
+        "trackio": bool(tracking.trackio_project_name)
+        if tracking.use_trackio is None
+        else tracking.use_trackio,
     }
     found = [name for name, on in asked.items() if on]
     missing = [name for name in found if importlib.util.find_spec(PACKAGES[name]) is None]
@@ -71,7 +75,9 @@ def tracking_environment(tracking: TrackingSection, output: OutputSection) -> di
         "TRACKIO_PROJECT": tracking.trackio_project_name,
         "TRACKIO_RUN_NAME": tracking.trackio_run_name,
         "TRACKIO_SPACE_ID": tracking.trackio_space_id,
-        "TENSORBOARD_LOGGING_DIR": str(Path(output.output_dir) / "runs") if tracking.use_tensorboard else None,
+        "TENSORBOARD_LOGGING_DIR": str(Path(output.output_dir) / "runs")
+        if tracking.use_tensorboard
+        else None,
     }
     return {name: str(value) for name, value in values.items() if value is not None}
 

@@ -6,20 +6,22 @@ Only hooks that the trainers offer are overridden; nothing of theirs is patched.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer
+from transformers.trainer import Trainer
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from axolotl.config.adapter import AdapterSection
@@ -34,6 +36,12 @@ from axolotl.optim.build import build_optimizer, build_schedule
 from axolotl.train.batches import BatchSource, EpochBatches
 from axolotl.train.cadence import Cadence
 from axolotl.train.checkpoint import RunState, publish, rotate, staging, write_state
+
+# The mixin goes in front of trainers of several packages; for a type checker it is in front of this one.
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
 
 class Interrupted(AxolotlError):
@@ -91,8 +99,15 @@ class Clock:
         return rate, per_step
 
 
-class TrainerMixin:
+class TrainerMixin(_Base):
     """Goes in front of a trainer class. The loss is normalised by the trained tokens of the whole global batch."""
+
+    model: Any
+    model_wrapped: Any
+    optimizer: Any
+    lr_scheduler: Any
+    compute_loss_func: Any
+    control: Any
 
     def __init__(self, *args: Any, parts: Parts, **kwargs: Any) -> None:
         self.parts = parts
@@ -127,7 +142,7 @@ class TrainerMixin:
         self, epoch_iterator: Iterator[Any], num_batches: int, device: Any = None
     ) -> tuple[list[Any], torch.Tensor | None]:
         """The batches of one step, and how many tokens they train on all ranks together."""
-        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator)]
+        batches = list(itertools.islice(epoch_iterator, num_batches))
         counts = [batch.pop("token_counts") for batch in batches]
         tokens, targets = self._over_ranks(sum(c[0] for c in counts), sum(c[1] for c in counts))
         self.state.num_input_tokens_seen += tokens
@@ -174,9 +189,13 @@ class TrainerMixin:
             self.optimizer = build_optimizer(model or self.model, self.parts.optim, self.parts.adapter)
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
         if self.lr_scheduler is None:
-            self.lr_scheduler = build_schedule(optimizer or self.optimizer, self.parts.optim, num_training_steps)
+            self.lr_scheduler = build_schedule(
+                optimizer or self.optimizer, self.parts.optim, num_training_steps
+            )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -205,14 +224,16 @@ class TrainerMixin:
             self.optimizer.eval()
         self.callback_handler.eval_dataloader = dataloader
         one = torch.ones((), device=self.args.device)
-        total = torch.zeros((), dtype=torch.float64, device="cpu" if self.args.device.type == "mps" else self.args.device)
+        total = torch.zeros(
+            (), dtype=torch.float64, device="cpu" if self.args.device.type == "mps" else self.args.device
+        )
         targets = 0
         for batch in dataloader:
             if self.parts.interrupted():
                 raise Interrupted("The run was asked to end.")
             targets += batch.pop("token_counts")[1]
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=one)
+                loss: Any = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=one)
             total += loss.detach().to(total.device, total.dtype)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         model.train(was_training)
@@ -222,7 +243,9 @@ class TrainerMixin:
             total = self.accelerator.reduce(total, "sum")
         (all_targets,) = self._over_ranks(targets)
         if not all_targets:
-            raise DataError("No row of the evaluation data has a trained token.", "Check the masks of the test data.")
+            raise DataError(
+                "No row of the evaluation data has a trained token.", "Check the masks of the test data."
+            )
         mean = float(total) / all_targets
         metrics = {f"{metric_key_prefix}_loss": mean, f"{metric_key_prefix}_ppl": perplexity(mean)}
         rows = len(dataloader.dataset)  # type: ignore[arg-type]
@@ -295,7 +318,9 @@ class TrainerMixin:
                 if not _is_disk_trouble(error):
                     raise
                 shutil.rmtree(aside, ignore_errors=True)
-                warn(f"The checkpoint of step {self.state.global_step} could not be saved: {error}. Training goes on.")
+                warn(
+                    f"The checkpoint of step {self.state.global_step} could not be saved: {error}. Training goes on."
+                )
 
     def _publish(self, aside: Path) -> None:
         parts, final = self.parts, self.checkpoint_folder()
@@ -317,7 +342,9 @@ class CausalTrainer(TrainerMixin, Trainer):  # type: ignore[misc]
     """The trainer of supervised fine-tuning."""
 
 
-def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+def token_loss(
+    outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
     """Cross-entropy of the next token, summed and divided by `num_items_in_batch`; for models that take no such number.
 
     `labels` [B,T] are not shifted; logits [B,T,V] are taken from the outputs.

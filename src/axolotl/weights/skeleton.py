@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -33,6 +34,10 @@ _LAYERWISE = frozenset({"LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "HRA", 
 # Starts of LoRA that also change the base weights, which loading has to repeat.
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")
 NAME = "default"
+# Numbers of a block in float32 that stay in a core's cache.
+_BLOCK = 2**18
+
+
 
 ReadTensor = Callable[[str], torch.Tensor | None]
 """Gives the base model's tensor of that name (float32, its own memory), or None where the base has none."""
@@ -56,6 +61,46 @@ class NotLayerwiseError(Exception):
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """W + B A for half-precision weights, block of rows by block: each sum in float32, rounded once.
+
+    The value that PEFT gives in float32, rounded; blocks that fit into the cache make it many times faster than whole
+    matrices. O outputs, I inputs, R rank, N inputs tried.
+    """
+
+    a_RI: torch.Tensor
+    b_OR: torch.Tensor
+
+    @classmethod
+    def of(cls, layer: Any) -> LowRank:
+        b_OR = layer.lora_B[NAME].weight.detach().float() * layer.scaling[NAME]
+        return cls(layer.lora_A[NAME].weight.detach().float(), b_OR)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return max(1, _BLOCK // self.a_RI.shape[1])
+
+    def adder(self, check: bool) -> Callable[[int, torch.Tensor], tuple[float, float]]:
+        """`add(first_row, block)` changes the block; it returns (difference from base and adapter, largest output)."""
+        x_NI = torch.randn(4, self.a_RI.shape[1], generator=torch.Generator().manual_seed(0))
+        low_NR = x_NI @ self.a_RI.T
+
+        @torch.inference_mode()
+        def add(row: int, block: torch.Tensor) -> tuple[float, float]:
+            base, b = block.float(), self.b_OR[row : row + block.shape[0]]
+            merged = torch.addmm(base, b, self.a_RI)
+            block.copy_(merged)
+            if not check:
+                return 0.0, 0.0
+            before = torch.addmm(low_NR @ b.T, x_NI, base.T)
+            after = x_NI @ merged.copy_(block).T
+            return float((after - before).abs().max()), float(before.abs().max())
+
+        return add
+
+
+@dataclass(frozen=True)
 class Change:
     """One module that the adapter changes: the names of its tensors, and how to compute them.
 
@@ -68,6 +113,8 @@ class Change:
     compute: Callable[[ReadTensor, Mapping[str, torch.dtype], bool], Computed]
     tied_to_input: bool = False
     """An output head that takes all its changes from the input embedding."""
+    low_rank: LowRank | None = None
+    """The whole change, where it is W + B A and nothing else."""
 
 
 def why_not_layerwise(config: PeftConfig) -> str | None:
@@ -168,7 +215,7 @@ class Skeleton:
                     raise NotLayerwiseError("PEFT merges torch's own attention modules as a whole")
                 else:
                     own = tuple(n for n, _ in module.get_base_layer().named_parameters(recurse=False))
-                    yield self._merge(name, module, own)
+                    yield self._merge(name, module, ("weight",) if is_plain_lora(module) else own)
 
     def _merge(self, path: str, layer: Any, names: tuple[str, ...], tied: bool = False) -> Change:
         full = tuple(f"{path}.{n}" for n in names)
@@ -202,7 +249,19 @@ class Skeleton:
             getattr(layer, "_caches", {}).clear()
             return result, difference
 
-        return Change(full, compute, tied)
+        return Change(full, compute, tied, LowRank.of(layer) if is_plain_lora(layer) else None)
+
+
+def is_plain_lora(layer: Any) -> bool:
+    """A linear layer with W + scaling · B A and nothing else: no DoRA or other variant, no bias in the adapter."""
+    return (
+        type(layer) is LoraLinear
+        and NAME in layer.lora_A
+        and NAME not in layer.lora_variant
+        and not layer.lora_bias[NAME]
+        and not layer.fan_in_fan_out
+        and is_placeholder(layer.get_base_layer().weight)
+    )
 
 
 def _replacement(name: str, module: ModulesToSaveWrapper) -> Change:

@@ -51,6 +51,12 @@ class Source:
             name = self.skeleton.input_name
         return self.files.find(self.key_of[name]) if name in self.key_of else None
 
+    def as_stored(self, name: str) -> bool:
+        """Whether the tensor is merged into just as it stands in the file, in half precision."""
+        found = self.place(name)
+        half = found is not None and found[1].dtype in ("BF16", "F16")
+        return half and self.transform is None and name not in self.embeddings
+
     def read(self, name: str) -> torch.Tensor | None:
         """The tensor in float32 and memory of its own, embeddings with the rows wanted."""
         found = self.place(name)
@@ -170,19 +176,30 @@ def _write(
                 if name not in changes:
                     writer.copy(key, files.folder / shard, files.shards[shard][key])
                     continue
+                change = changes[name]
+                if change.low_rank is not None and source.as_stored(name):
+                    add, rows = change.low_rank.adder(check), change.low_rank.rows
+                    found = writer.rewrite(key, files.folder / shard, files.shards[shard][key], add, rows)
+                    difference, largest = (max(values) for values in zip(*found, strict=True))
+                    worst = _worse(worst, name, difference / max(largest, 1e-12) if check else None)
+                    continue
                 if name not in ready:
-                    change = changes[name]
                     dtypes = {n: DTYPES[_planned_dtype(n, source, main)] for n in change.names}
-                    values, difference = change.compute(source.read, dtypes, check)
+                    values, moved = change.compute(source.read, dtypes, check)
                     ready.update({n: v for n, v in values.items() if changes.get(n) is change})
-                    if difference is not None and (worst is None or difference > worst[1]):
-                        worst = (name, difference)
+                    worst = _worse(worst, name, moved)
                 writer.write(key, ready.pop(name))
     if files.index is not None:
         index = make_index(layout, total, parameters)
         (destination / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     dtype = str(DTYPES[main]).removeprefix("torch.")
     return Written(by_adapter, sum(map(len, layout.values())), total, dtype, tied, worst)
+
+
+def _worse(worst: tuple[str, float] | None, name: str, difference: float | None) -> tuple[str, float] | None:
+    if difference is None or (worst is not None and worst[1] >= difference):
+        return worst
+    return name, difference
 
 
 def _planned_dtype(name: str, source: Source, main: str) -> str:

@@ -5,22 +5,25 @@ Neither memory-maps a file nor holds one, so that memory follows the largest ten
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import TypeVar
 
 import torch
 
 from axolotl.errors import ModelError
 from axolotl.model.files import TensorEntry
 
-_CHUNK = 8 * 2**20
+T = TypeVar("T")
+_CHUNK = 2**26
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -45,12 +48,10 @@ def read_tensor(path: Path, name: str, entry: TensorEntry) -> torch.Tensor:
         raise ModelError(f"`{path}`: tensor `{name}` has the number type {entry.dtype}, which cannot be computed with.")
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=dtype)
-    data = bytearray(entry.nbytes)
-    with path.open("rb") as file:
-        file.seek(entry.start)
-        if file.readinto(data) != entry.nbytes:
-            raise ModelError(f"`{path}` ends in the middle of `{name}`.", "Copy or download the file again.")
-    return torch.frombuffer(data, dtype=dtype).reshape(entry.shape)
+    tensor = torch.empty(entry.shape, dtype=dtype)
+    with path.open("rb", buffering=0) as file:
+        _read_at(file.fileno(), path, _bytes_of(tensor), entry.start)
+    return tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,76 +67,116 @@ class Spec:
 
 
 class ShardWriter:
-    """Writes one safetensors file: its header first, then its tensors, which have to come in the order of `specs`."""
+    """Writes one safetensors file whose tensors are known beforehand, in any order, by their place in the file."""
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
         self.path, self._specs = path, dict(specs)
-        self._waiting = iter(self._specs)
-        self._header = self._make_header(metadata)
-        self._file: BinaryIO
-
-    def _make_header(self, metadata: Mapping[str, str]) -> bytes:
+        self._waiting = set(self._specs)
         table: dict[str, object] = {"__metadata__": dict(metadata) or {"format": "pt"}}
         at = 0
+        places: dict[str, int] = {}
         for name, spec in self._specs.items():
+            places[name] = at
             table[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]}
             at += spec.nbytes
         text = json.dumps(table, separators=(",", ":")).encode()
-        return text + b" " * (-len(text) % 8)
+        text += b" " * (-len(text) % 8)
+        self._header = struct.pack("<Q", len(text)) + text
+        self._size = len(self._header) + at
+        self._places = {name: len(self._header) + place for name, place in places.items()}
+        self._file: int
 
     def __enter__(self) -> ShardWriter:
-        self._file = self.path.open("wb")
-        self._file.write(struct.pack("<Q", len(self._header)))
-        self._file.write(self._header)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        _write_at(self._file, memoryview(self._header), 0)
+        os.truncate(self._file, self._size)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if kind is None and next(self._waiting, None) is not None:
+        os.close(self._file)
+        if kind is None and self._waiting:
             raise RuntimeError(f"{self.path} was closed before all its tensors were written")
 
-    def _next(self, name: str) -> Spec:
-        expected = next(self._waiting, None)
-        if expected != name:
-            raise RuntimeError(f"{self.path}: `{name}` comes where `{expected}` was announced")
-        return self._specs[name]
+    def _place(self, name: str, dtype: str, shape: tuple[int, ...]) -> int:
+        self._waiting.remove(name)
+        if self._specs[name] != Spec(dtype, shape):
+            raise RuntimeError(f"{self.path}: `{name}` is {dtype} {shape}, announced as {self._specs[name]}")
+        return self._places[name]
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """The next tensor, from memory."""
-        spec = self._next(name)
-        if tuple(tensor.shape) != spec.shape or NAMES.get(tensor.dtype) != spec.dtype:
-            raise RuntimeError(f"{self.path}: `{name}` is {tensor.dtype} {tuple(tensor.shape)}, announced as {spec}")
+        """A tensor from memory."""
+        at = self._place(name, NAMES[tensor.dtype], tuple(tensor.shape))
         if tensor.numel():
-            self._file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            _write_at(self._file, _bytes_of(tensor.detach().cpu().contiguous()), at)
 
     def copy(self, name: str, source: Path, entry: TensorEntry) -> None:
-        """The next tensor, byte by byte from another file."""
-        spec = self._next(name)
-        if spec.shape != entry.shape or spec.dtype != entry.dtype:
-            raise RuntimeError(f"{self.path}: `{name}` is not as announced")
-        for chunk in _chunks(source, entry.start, entry.end):
-            self._file.write(chunk)
+        """A tensor byte by byte from another file."""
+        at = self._place(name, entry.dtype, entry.shape)
+        with source.open("rb", buffering=0) as file:
+            start = entry.start
+            while start < entry.end:
+                count = _copy_range(file.fileno(), self._file, entry.end - start, start, at)
+                if not count:
+                    raise ModelError(f"`{source}` ends before its last tensor.", "Copy or download the file again.")
+                start, at = start + count, at + count
+
+    def rewrite(
+        self, name: str, source: Path, entry: TensorEntry, change: Callable[[int, torch.Tensor], T], rows: int
+    ) -> list[T]:
+        """A tensor from another file, changed on the way in blocks of `rows` rows that are worked on side by side.
+
+        `change(first_row, block)` changes the block itself; what it returns is collected.
+        """
+        at = self._place(name, entry.dtype, entry.shape)
+        dtype, width = DTYPES[entry.dtype], entry.nbytes // entry.shape[0]
+        threads = torch.get_num_threads()
+
+        def work(row: int) -> T:
+            block = torch.empty((min(rows, entry.shape[0] - row), *entry.shape[1:]), dtype=dtype)
+            _read_at(file.fileno(), source, _bytes_of(block), entry.start + row * width)
+            result = change(row, block)
+            _write_at(self._file, _bytes_of(block), at + row * width)
+            return result
+
+        with source.open("rb", buffering=0) as file:
+            torch.set_num_threads(1)  # whole blocks side by side, instead of many threads in each small product
+            try:
+                with ThreadPoolExecutor(threads) as pool:
+                    return list(pool.map(work, range(0, entry.shape[0], rows)))
+            finally:
+                torch.set_num_threads(threads)
 
 
-def _chunks(path: Path, start: int, end: int) -> Iterator[memoryview]:
-    buffer = bytearray(min(_CHUNK, end - start))
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        left = end - start
-        while left:
-            count = file.readinto(view[: min(left, len(buffer))])
-            if not count:
-                raise ModelError(f"`{path}` ends before its last tensor.", "Copy or download the file again.")
-            yield view[:count]
-            left -= count
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
-def spec_of(tensor: torch.Tensor) -> Spec:
-    """The spec with which a tensor is written."""
-    return Spec(NAMES[tensor.dtype], tuple(tensor.shape))
+def _write_at(file: int, data: memoryview, at: int) -> None:
+    while data:
+        count = os.pwrite(file, data[:_CHUNK], at)
+        data, at = data[count:], at + count
+
+
+def _read_at(file: int, path: Path, data: memoryview, at: int) -> None:
+    while data:
+        count = os.preadv(file, [data[:_CHUNK]], at)
+        if not count:
+            raise ModelError(f"`{path}` ends before its last tensor.", "Copy or download the file again.")
+        data, at = data[count:], at + count
+
+
+def _copy_range(source: int, target: int, count: int, start: int, at: int) -> int:
+    """Copies bytes between files, inside the kernel where it can; returns how many."""
+    count = min(count, 2**30)
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source, target, count, start, at)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+    data = os.pread(source, min(count, _CHUNK), start)
+    _write_at(target, memoryview(data), at)
+    return len(data)
 
 
 def make_index(layout: Mapping[str, Sequence[str]], total_bytes: int, parameters: int) -> dict[str, object]:
