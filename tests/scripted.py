@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,19 +37,28 @@ def teach(model: Any, chains: Sequence[Sequence[int]]) -> None:
         model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(rows))  # untied, where it was tied
         follows: dict[int, int] = {}
         for chain in chains:
-            for current, following in zip(chain, chain[1:], strict=False):
+            for current, following in itertools.pairwise(chain):
                 assert follows.setdefault(current, following) == following, "two successors"
         for current, following in follows.items():
             model.lm_head.weight[following] += rows[current]
 
 
-def scripted(answer: str, *, base: str = LLAMA, data: dict[str, Any] | None = None, question: str = "hi",
-             stop: int | None = None, **keys: Any) -> Loaded:
+def scripted(
+    answer: str,
+    *,
+    base: str = LLAMA,
+    data: dict[str, Any] | None = None,
+    question: str = "hi",
+    stop: int | None = None,
+    **keys: Any,
+) -> Loaded:
     """A loaded model that gives `answer` to every question, and then a token that ends it (default: the template's)."""
     section = ModelSection.model_validate({"base_model": base, **keys})
     tokenizer = load_tokenizer(section)
     prompter = Prompter(tokenizer, DataSection.model_validate(CHAT_DATA if data is None else data))
-    model = load_model(section, AdapterSection(), tokenizer, CPU, training=False, stop_tokens=prompter.stop_tokens())
+    model = load_model(
+        section, AdapterSection(), tokenizer, CPU, training=False, stop_tokens=prompter.stop_tokens()
+    )
     stops = find_stops(tokenizer, stop_ids(model, tokenizer), prompter.stop_tokens())
     end = stops.ids[-1] if stop is None else stop
     ids = tokenizer.encode(answer, add_special_tokens=False)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from axolotl import run
+from axolotl.run.train import train
 from axolotl.cli.document import config_schema
 from axolotl.config import load_config
 
@@ -106,7 +106,7 @@ def test_schema_beside_the_examples_is_fresh() -> None:
 @pytest.mark.parametrize("path", WITH_TWIN, ids=name)
 def test_tiny_twin_trains(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(PROJECT)
-    run.train(load_config(path, twin(path, tmp_path)))
+    assert train(load_config(path, twin(path, tmp_path))).complete
     out = tmp_path / "out"
     weights = "adapter_model.safetensors" if read(path).get("adapter") else "model.safetensors"
     assert (out / weights).stat().st_size > 1000

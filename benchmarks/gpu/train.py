@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import statistics
 import subprocess
@@ -77,9 +78,13 @@ def make_rows(folder: Path, length: int, vocabulary: int, tokens: int, varied: b
     file = folder / f"rows-{length}-{vocabulary}-{varied}.parquet"
     lengths = []
     while sum(lengths) < tokens:
-        lengths.append(int(np.clip(draw.lognormal(np.log(length) - 0.18, 0.6), 32, length * 6)) if varied else length)
+        lengths.append(
+            int(np.clip(draw.lognormal(np.log(length) - 0.18, 0.6), 32, length * 6)) if varied else length
+        )
     ids = [draw.integers(0, min(vocabulary, 4000), n).tolist() for n in lengths]
-    pq.write_table(pa.table({"input_ids": ids, "labels": ids, "attention_mask": [[1] * n for n in lengths]}), file)
+    pq.write_table(
+        pa.table({"input_ids": ids, "labels": ids, "attention_mask": [[1] * n for n in lengths]}), file
+    )
     return file
 
 
@@ -118,13 +123,17 @@ def make_config(folder: Path, name: str, tiny: bool, steps: int) -> Path:
 def run_axolotl(config: Path, warm: int) -> dict[str, Any]:
     settings = json.loads(config.read_text())
     started = time.time()
-    done = subprocess.run([sys.executable, "-m", "axolotl", "train", str(config)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "axolotl", "train", str(config)], capture_output=True, text=True
+    )
     if done.returncode:
         return {"error": (done.stderr or done.stdout)[-2000:]}
-    lines = [json.loads(line) for line in (Path(settings["output_dir"]) / "run.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (Path(settings["output_dir"]) / "run.jsonl").read_text().splitlines()
+    ]
     steps = [line for line in lines if line.get("kind") == "train"]
-    times = [b["time"] - a["time"] for a, b in zip(steps, steps[1:], strict=False)][warm:]
-    tokens = [b["tokens"] - a["tokens"] for a, b in zip(steps, steps[1:], strict=False)][warm:]
+    times = [b["time"] - a["time"] for a, b in itertools.pairwise(steps)][warm:]
+    tokens = [b["tokens"] - a["tokens"] for a, b in itertools.pairwise(steps)][warm:]
     return {
         "tokens_per_second": round(sum(tokens) / sum(times)),
         "median_step_seconds": round(statistics.median(times), 4),
@@ -172,7 +181,9 @@ print(json.dumps({"tokens_per_second": round(len(steps) * ids.numel() / sum(step
 
 
 def run_plain(config: Path, warm: int) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-c", PLAIN, str(config), str(warm)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN, str(config), str(warm)], capture_output=True, text=True
+    )
     if done.returncode:
         return {"error": done.stderr[-2000:]}
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -191,7 +202,9 @@ def versions() -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("/tmp/axolotl-gpu-benchmark"))
     parser.add_argument("--rows", default=",".join(ROWS))

@@ -97,6 +97,19 @@ def _reorder(r: random.Random) -> tuple[str, str]:
     return f"with {b!r}: {a.join(items)}", b.join(items)
 
 
+def _reorder_padded(r: random.Random) -> tuple[str, str]:
+    """Two or three numbers, each with as many digits as asked."""
+    widths = [r.randint(1, 4) for _ in range(r.randint(2, 3))]
+    numbers = [r.randrange(10 ** r.randint(1, width)) for width in widths]
+    a, b = r.choice((" ", ", ", "/", ".", " and ")), r.choice((" ", "+", ":", "_", "/"))
+    shown = a.join(str(n) if r.random() < 0.5 else f"{n:0{w}d}" for n, w in zip(numbers, widths, strict=True))
+    padded = [f"{n:0{w}d}" for n, w in zip(numbers, widths, strict=True)]
+    digits = " ".join(map(str, widths))
+    if r.random() < 0.5:
+        return f"digits {digits} backwards with {b!r}: {shown}", b.join(reversed(padded))
+    return f"digits {digits} with {b!r}: {shown}", b.join(padded)
+
+
 def _numbers_inside(r: random.Random) -> tuple[str, str]:
     numbers = [some_number(r) for _ in range(r.randint(1, 3))]
     text = " and ".join(f"{n} {r.choice(QUALITIES)} {r.choice(THINGS)}s" for n in numbers)
@@ -135,6 +148,8 @@ PUZZLES: list[Callable[[random.Random], tuple[str, str]]] = [
     _list_place,
     _list_place,
     _reorder,
+    _reorder_padded,
+    _reorder_padded,
     _numbers_inside,
     _pad,
     _last,

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 SEED = 20
-TRAIN_ROWS = 10_000
+TRAIN_ROWS = 8_000
 HELDOUT_ROWS = 400
 FIRST, LAST = datetime.date(1950, 1, 1), datetime.date(2049, 12, 31)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from axolotl.distributed.world import World, detect_hardware, peak_memory_bytes, world
+from axolotl.distributed.world import World, detect_hardware, keep_freed_memory, peak_memory_bytes, world
 
 
 def test_a_process_alone_is_the_main_one(monkeypatch):
@@ -54,3 +54,9 @@ def test_peak_memory_grows():
     block = bytearray(60 << 20)
     block[::4096] = b"x" * len(block[::4096])
     assert peak_memory_bytes() >= before > 10 << 20
+
+
+def test_freed_memory_is_kept_where_the_platform_can(monkeypatch):
+    assert keep_freed_memory() in (True, False)
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert not keep_freed_memory()

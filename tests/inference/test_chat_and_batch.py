@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import threading
 from pathlib import Path
@@ -10,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from scripted import scripted
 
 from axolotl.config.output import OutputSection
 from axolotl.errors import DataError, EnvironmentProblem
@@ -19,6 +19,7 @@ from axolotl.inference.batch import run_batch
 from axolotl.inference.chat import Chat, Shown, run_chat, without_thinking
 from axolotl.inference.generate import Sampling
 from axolotl.inference.loading import Loaded
+from scripted import scripted
 
 TEXT = "The old blue house"
 
@@ -63,12 +64,28 @@ def test_turns_and_commands(chat: tuple[Chat, list[str]], tmp_path: Path) -> Non
     assert talk.over
 
 
-def test_mistakes_in_commands_change_nothing(chat: tuple[Chat, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_in_commands_change_nothing(
+    chat: tuple[Chat, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     talk, shown = chat
-    for line in ("/sett temperature 1", "/set temprature 1", "/set temperature hot", "/retry", "/save", "/save /no/where/x"):
+    for line in (
+        "/sett temperature 1",
+        "/set temprature 1",
+        "/set temperature hot",
+        "/retry",
+        "/save",
+        "/save /no/where/x",
+    ):
         talk.handle(line)
     told = capsys.readouterr().err
-    for words in ("`/sett` is no command", "`temprature`", "`hot`", "no message to answer", "needs a file name", "cannot be written"):
+    for words in (
+        "`/sett` is no command",
+        "`temprature`",
+        "`hot`",
+        "no message to answer",
+        "needs a file name",
+        "cannot be written",
+    ):
         assert words in told
     assert (talk.messages, shown, talk.sampling) == ([], [], Sampling(max_new_tokens=20))
     talk.handle("/set temperature=0.3")
@@ -77,15 +94,18 @@ def test_mistakes_in_commands_change_nothing(chat: tuple[Chat, list[str]], capsy
     assert "/retry" in capsys.readouterr().err
 
 
-def test_a_prompt_that_is_too_long_is_told_and_forgotten(chat: tuple[Chat, list[str]],
-                                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prompt_that_is_too_long_is_told_and_forgotten(
+    chat: tuple[Chat, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     talk, _ = chat
     talk.handle("word " * 9000)
     assert talk.messages == []
     assert "context holds 8,192" in capsys.readouterr().err
 
 
-def test_without_a_terminal_each_line_is_a_message(loaded: Loaded, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_each_line_is_a_message(
+    loaded: Loaded, capsys: pytest.CaptureFixture[str]
+) -> None:
     talk = run_chat(loaded, Sampling(max_new_tokens=20), io.StringIO("hi\n/quit\nnever\n"))
     assert roles(talk) == "ua"
     assert capsys.readouterr().out == f"{TEXT}\n"
@@ -104,7 +124,9 @@ def test_thinking_is_dimmed_and_left_out_of_later_turns() -> None:
 
 def rows_file(folder: Path, count: int = 5) -> Path:
     file = folder / "rows.jsonl"
-    file.write_text("".join(json.dumps({"prompt": f"hi {'x' * i}", "id": i}) + "\n" for i in range(count)) + "\n")
+    file.write_text(
+        "".join(json.dumps({"prompt": f"hi {'x' * i}", "id": i}) + "\n" for i in range(count)) + "\n"
+    )
     return file
 
 
@@ -113,7 +135,11 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def test_a_batch_goes_on_where_it_stopped(loaded: Loaded, tmp_path: Path) -> None:
-    source, target, sampling = rows_file(tmp_path), tmp_path / "new" / "out.jsonl", Sampling(max_new_tokens=20)
+    source, target, sampling = (
+        rows_file(tmp_path),
+        tmp_path / "new" / "out.jsonl",
+        Sampling(max_new_tokens=20),
+    )
     assert run_batch(loaded, source, target, sampling, batch_size=2) == 5
     whole = target.read_text()
     answers = read(target)
@@ -138,12 +164,17 @@ def test_all_wrong_rows_are_told_before_the_first_answer(loaded: Loaded, tmp_pat
     source.write_text('{"prompt": "hi"}\n{"prompt"\n[1]\n')
     with pytest.raises(DataError) as told:
         run_batch(loaded, source, tmp_path / "out.jsonl", Sampling())
-    assert [p.message.split(" is ")[0] for p in told.value.problems] == [f"`{source}`, line {n}" for n in (2, 3)]
+    assert [p.message.split(" is ")[0] for p in told.value.problems] == [
+        f"`{source}`, line {n}" for n in (2, 3)
+    ]
     source.write_text('{"prompt": "hi"}\n{"colour": 1}\n')
     with pytest.raises(DataError, match="line 2: A row with `colour`"):
         run_batch(loaded, source, tmp_path / "out.jsonl", Sampling())
     assert not (tmp_path / "out.jsonl").exists()
-    for other, words in ((tmp_path / "no.jsonl", "does not exist"), (tmp_path / "empty.jsonl", "has no rows")):
+    for other, words in (
+        (tmp_path / "no.jsonl", "does not exist"),
+        (tmp_path / "empty.jsonl", "has no rows"),
+    ):
         (tmp_path / "empty.jsonl").write_text("\n")
         with pytest.raises(DataError, match=words):
             run_batch(loaded, other, tmp_path / "out.jsonl", Sampling())
@@ -164,7 +195,7 @@ def test_the_pages_answer_grows_and_can_be_stopped(loaded: Loaded) -> None:
     ask = [{"role": "user", "content": "hi"}]
     grown = list(ui.answers(loaded, ask, Sampling(max_new_tokens=20), threading.Event()))
     assert grown[-1] == TEXT
-    assert all(b.startswith(a) for a, b in zip(grown, grown[1:], strict=False))
+    assert all(b.startswith(a) for a, b in itertools.pairwise(grown))
     stop = threading.Event()
     stream = ui.answers(loaded, ask, Sampling(max_new_tokens=20), stop)
     next(stream)
@@ -210,7 +241,10 @@ def test_the_page_stays_on_this_machine(loaded: Loaded, monkeypatch: pytest.Monk
     monkeypatch.setattr(ui, "require_extra", lambda *_: module)
     ui.serve_page(loaded, OutputSection(), Sampling(), block=False)
     assert (page.calls["server_name"], page.calls["share"]) == ("127.0.0.1", False)
-    history = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "assistant", "content": "yes"}]
+    history = [
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+        {"role": "assistant", "content": "yes"},
+    ]
     assert list(page.respond("hi", history, "Be terse.", 0.0, 1.0, 20))[-1] == TEXT
 
 

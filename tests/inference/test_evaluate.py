@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from scripted import CPU, LLAMA, scripted, teach
 
 from axolotl.config.adapter import AdapterSection
 from axolotl.config.data import DataSection
@@ -21,6 +20,7 @@ from axolotl.inference.loading import find_trained, load_trained
 from axolotl.model.adapter import add_adapter
 from axolotl.model.load import load_model
 from axolotl.model.tokenizer import load_tokenizer
+from scripted import CPU, LLAMA, scripted, teach
 
 TEXT = "The old blue house"
 LORA = AdapterSection(adapter="lora", lora_r=4, lora_alpha=8, lora_target_linear=True)
@@ -93,7 +93,10 @@ def test_exact_match(tmp_path: Path) -> None:
         table = list(csv.DictReader(file))
     assert [row["match"] for row in table] == ["True", "True", "False"]
     assert table[0]["answer"] == TEXT
-    assert exact_match(loaded.model, loaded.tokenizer, Dataset.from_dict(rows), loaded.stops, max_rows=1).rows == 1
+    assert (
+        exact_match(loaded.model, loaded.tokenizer, Dataset.from_dict(rows), loaded.stops, max_rows=1).rows
+        == 1
+    )
 
 
 def save_adapter(folder: Path, trained: bool = True, base: str = LLAMA) -> Path:
@@ -116,7 +119,7 @@ def test_what_a_run_left_is_found(tmp_path: Path) -> None:
     assert find_trained(BASE, LORA, tmp_path).adapter == tmp_path
     named = LORA.model_copy(update={"lora_model_dir": str(ninth)})
     assert find_trained(BASE, named, tmp_path).adapter == ninth
-    with pytest.raises(ModelError, match="`lora_model_dir: ./no/where` is not a folder"):
+    with pytest.raises(ModelError, match=r"`lora_model_dir: ./no/where` is not a folder"):
         find_trained(BASE, LORA.model_copy(update={"lora_model_dir": "./no/where"}), tmp_path)
 
 

@@ -6,12 +6,12 @@ import io
 from pathlib import Path
 
 import pytest
-from scripted import CHATML, scripted
 from transformers import GenerationConfig
 
 from axolotl.errors import ConfigError, DataError
 from axolotl.inference.generate import Sampling, Stops, find_stops, generate, generate_batch
 from axolotl.inference.once import answer_once, read_question
+from scripted import CHATML, scripted
 
 TEXT = "The old blue house"
 
@@ -29,7 +29,9 @@ def test_every_known_end_ends_it() -> None:
     loaded = scripted(TEXT)
     assert {4081, 4084} <= set(loaded.stops.ids)
     other = scripted(TEXT, stop=4081)
-    assert generate(other.model, other.tokenizer, other.prompter.ask("hi"), Sampling(), other.stops).text == TEXT
+    assert (
+        generate(other.model, other.tokenizer, other.prompter.ask("hi"), Sampling(), other.stops).text == TEXT
+    )
 
 
 def test_a_stop_text_of_several_tokens_ends_it_and_is_not_shown() -> None:
@@ -37,7 +39,9 @@ def test_a_stop_text_of_several_tokens_ends_it_and_is_not_shown() -> None:
     stops = find_stops(loaded.tokenizer, [4081], [" #Qz", "<|eot_id|>"])
     assert stops == Stops((4081, 4084), (" #Qz",))
     pieces: list[str] = []
-    answer = generate(loaded.model, loaded.tokenizer, loaded.prompter.ask("hi"), Sampling(), stops, on_text=pieces.append)
+    answer = generate(
+        loaded.model, loaded.tokenizer, loaded.prompter.ask("hi"), Sampling(), stops, on_text=pieces.append
+    )
     assert (answer.text, "".join(pieces), answer.finish) == ("Yes", "Yes", "stop")
 
 
@@ -45,8 +49,14 @@ def test_a_stop_text_of_several_tokens_ends_it_and_is_not_shown() -> None:
 def test_pieces_make_the_answer_and_no_character_is_torn(text: str) -> None:
     loaded = scripted(text)
     pieces: list[str] = []
-    answer = generate(loaded.model, loaded.tokenizer, loaded.prompter.ask("hi"), Sampling(), loaded.stops,
-                      on_text=pieces.append)
+    answer = generate(
+        loaded.model,
+        loaded.tokenizer,
+        loaded.prompter.ask("hi"),
+        Sampling(),
+        loaded.stops,
+        on_text=pieces.append,
+    )
     assert "".join(pieces) == answer.text == text
     assert len(pieces) > 2
     assert not any("\ufffd" in p for p in pieces)
@@ -58,15 +68,25 @@ def test_a_limit_and_a_stop_by_the_user() -> None:
     cut = generate(loaded.model, loaded.tokenizer, prompt, Sampling(max_new_tokens=2), loaded.stops)
     assert (cut.tokens, cut.finish) == (2, "length")
     seen: list[str] = []
-    stopped = generate(loaded.model, loaded.tokenizer, prompt, Sampling(), loaded.stops, on_text=seen.append,
-                       cancelled=lambda: len(seen) >= 2)
+    stopped = generate(
+        loaded.model,
+        loaded.tokenizer,
+        prompt,
+        Sampling(),
+        loaded.stops,
+        on_text=seen.append,
+        cancelled=lambda: len(seen) >= 2,
+    )
     assert stopped.finish == "cancelled"
     assert 2 <= len(seen) <= 3
 
 
 def test_prompts_that_cannot_be_answered() -> None:
     loaded = scripted(TEXT)
-    for prompt, words in (([], "is empty"), ([5] * 8192, "has 8,192 tokens; this model's context holds 8,192")):
+    for prompt, words in (
+        ([], "is empty"),
+        ([5] * 8192, "has 8,192 tokens; this model's context holds 8,192"),
+    ):
         with pytest.raises(DataError, match=words):
             generate(loaded.model, loaded.tokenizer, prompt, Sampling(), loaded.stops)
 
@@ -82,7 +102,9 @@ def test_prompts_that_cannot_be_answered() -> None:
         (Sampling(do_sample=False), GenerationConfig(do_sample=True, temperature=0.6), (False, None)),
     ],
 )
-def test_sampling_values(sampling: Sampling, own: GenerationConfig | None, expected: tuple[bool, float | None]) -> None:
+def test_sampling_values(
+    sampling: Sampling, own: GenerationConfig | None, expected: tuple[bool, float | None]
+) -> None:
     config = sampling.config(own)
     found = config.temperature if config.do_sample else None
     assert (config.do_sample, found) == expected
@@ -109,8 +131,12 @@ def test_setting_values_by_name() -> None:
 
 def test_many_prompts_of_different_length_at_once() -> None:
     loaded = scripted(TEXT)
-    prompts = [loaded.prompter.ask(q) for q in ("hi", "hi, this one is quite a bit longer than the other", "hm hi")]
-    results = generate_batch(loaded.model, loaded.tokenizer, prompts, Sampling(max_new_tokens=20), loaded.stops)
+    prompts = [
+        loaded.prompter.ask(q) for q in ("hi", "hi, this one is quite a bit longer than the other", "hm hi")
+    ]
+    results = generate_batch(
+        loaded.model, loaded.tokenizer, prompts, Sampling(max_new_tokens=20), loaded.stops
+    )
     assert [(loaded.tokenizer.decode(ids), finish) for ids, finish in results] == [(TEXT, "stop")] * 3
     short = generate_batch(loaded.model, loaded.tokenizer, prompts, Sampling(max_new_tokens=2), loaded.stops)
     assert {finish for _, finish in short} == {"length"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from scripted import CHATML, LLAMA
 
 from axolotl.config.data import DataSection
 from axolotl.config.model import ModelSection
@@ -14,28 +13,53 @@ from axolotl.data.render import build_renderer
 from axolotl.errors import DataError
 from axolotl.inference.prompting import Prompter
 from axolotl.model.tokenizer import load_tokenizer
+from scripted import CHATML, LLAMA
 
-CHAT = {"messages": [
-    {"role": "system", "content": "Be terse."}, {"role": "user", "content": "What is <|eot_id|>?"},
-    {"role": "assistant", "content": "A stop token."}, {"role": "user", "content": "And 2+2?"},
-    {"role": "assistant", "content": "4."}]}
-SHAREGPT = {"conversations": [{"from": "human", "value": "Name a colour."}, {"from": "gpt", "value": "Blue."}]}
+CHAT = {
+    "messages": [
+        {"role": "system", "content": "Be terse."},
+        {"role": "user", "content": "What is <|eot_id|>?"},
+        {"role": "assistant", "content": "A stop token."},
+        {"role": "user", "content": "And 2+2?"},
+        {"role": "assistant", "content": "4."},
+    ]
+}
+SHAREGPT = {
+    "conversations": [{"from": "human", "value": "Name a colour."}, {"from": "gpt", "value": "Blue."}]
+}
 ALPACA = {"instruction": "Add the numbers.", "input": "1, 2 and 3", "output": "6"}
-MAPPING = {"field_instruction": "q", "field_output": "a", "format": "[Q] {instruction} [A] ",
-           "no_input_format": "[Q] {instruction} [A] "}
+MAPPING = {
+    "field_instruction": "q",
+    "field_output": "a",
+    "format": "[Q] {instruction} [A] ",
+    "no_input_format": "[Q] {instruction} [A] ",
+}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "llama3": (LLAMA, {"type": "chat_template"}, {}, CHAT),
     "chatml": (CHATML, {"type": "chat_template"}, {}, CHAT),
     "another template": (CHATML, {"type": "chat_template", "chat_template": "llama3"}, {}, CHAT),
     "global template": (LLAMA, {"type": "chat_template"}, {"chat_template": "chatml"}, CHAT),
-    "sharegpt": (CHATML, {"type": "chat_template", "field_messages": "conversations",
-                          "message_property_mappings": {"role": "from", "content": "value"}}, {}, SHAREGPT),
+    "sharegpt": (
+        CHATML,
+        {
+            "type": "chat_template",
+            "field_messages": "conversations",
+            "message_property_mappings": {"role": "from", "content": "value"},
+        },
+        {},
+        SHAREGPT,
+    ),
     "alpaca": (LLAMA, {"type": "alpaca"}, {}, ALPACA),
     "alpaca without input": (LLAMA, {"type": "alpaca"}, {}, ALPACA | {"input": ""}),
     "alpaca chat": (LLAMA, {"type": "alpaca:chat"}, {}, ALPACA),
     "alpaca chatml": (CHATML, {"type": "alpaca:chatml"}, {}, ALPACA),
     "mapping": (LLAMA, {"type": MAPPING}, {}, {"q": "Who?", "a": "Me."}),
-    "gpteacher": (LLAMA, {"type": "gpteacher"}, {}, {"instruction": "Say hi.", "input": "", "response": "hi"}),
+    "gpteacher": (
+        LLAMA,
+        {"type": "gpteacher"},
+        {},
+        {"instruction": "Say hi.", "input": "", "response": "hi"},
+    ),
     "trained on inputs": (LLAMA, {"type": "alpaca"}, {"train_on_inputs": True}, ALPACA),
 }
 
@@ -49,9 +73,13 @@ def prompter(base: str, entry: dict[str, Any], data: dict[str, Any]) -> Prompter
 def test_a_row_asks_what_training_saw_before_its_answer(case: str) -> None:
     base, entry, data, row = CASES[case]
     ours = prompter(base, entry, data)
-    plain = DataSection.model_validate({"datasets": [{"path": "x", **entry}], **data, "train_on_inputs": False})
+    plain = DataSection.model_validate(
+        {"datasets": [{"path": "x", **entry}], **data, "train_on_inputs": False}
+    )
     format_ = resolve_format(plain.datasets[0], list(row), plain)
-    rendered = build_renderer(ours.tokenizer, plain, plain.datasets[0]).render_batch([format_.convert(row)])[0][0]
+    rendered = build_renderer(ours.tokenizer, plain, plain.datasets[0]).render_batch([format_.convert(row)])[
+        0
+    ][0]
     last = max(i for i, label in enumerate(rendered.labels) if label != -100)
     while last and rendered.labels[last - 1] != -100:
         last -= 1

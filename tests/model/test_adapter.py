@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM
 from axolotl.config.adapter import AdapterSection
 from axolotl.config.model import ModelSection
 from axolotl.errors import ModelError
-from axolotl.model.adapter import add_adapter, linear_names, load_adapter
+from axolotl.model.adapter import add_adapter, load_adapter
 from axolotl.model.load import load_model
+from axolotl.model.targets import linear_names
 from axolotl.model.tokenizer import load_tokenizer, new_token_ids
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -40,8 +41,9 @@ def base(name: str = LLAMA, adapter: AdapterSection | None = None, **keys: Any) 
     return load_model(section, adapter or lora(), load_tokenizer(section), CPU, training=True)
 
 
-def adapted(name: str = LLAMA, seed: int = 3, tokens: Any = (), model_keys: dict[str, Any] | None = None,
-            **keys: Any) -> PeftModel:
+def adapted(
+    name: str = LLAMA, seed: int = 3, tokens: Any = (), model_keys: dict[str, Any] | None = None, **keys: Any
+) -> PeftModel:
     return add_adapter(base(name, **(model_keys or {})), lora(**keys), new_tokens=tokens, seed=seed)
 
 
@@ -88,8 +90,11 @@ def test_the_seed_makes_the_start_repeatable() -> None:
         ({"peft_init_lora_weights": "gaussian"}, "init_lora_weights", "gaussian"),
         ({"peft_init_lora_weights": False}, "init_lora_weights", False),
         ({"peft_trainable_token_indices": [5]}, "trainable_token_indices", [5]),
-        ({"lora_target_modules": r".*\.layers\.[01]\.self_attn\.[qv]_proj"}, "target_modules",
-         r".*\.layers\.[01]\.self_attn\.[qv]_proj"),
+        (
+            {"lora_target_modules": r".*\.layers\.[01]\.self_attn\.[qv]_proj"},
+            "target_modules",
+            r".*\.layers\.[01]\.self_attn\.[qv]_proj",
+        ),
         ({"lora_target_modules": "all-linear"}, "target_modules", set(LINEAR)),
     ],
 )
@@ -149,8 +154,12 @@ def test_what_cannot_work_is_told(keys: dict[str, Any], words: str) -> None:
 def test_new_tokens_train_only_their_rows_and_save_small(name: str, tmp_path: Path) -> None:
     section = ModelSection.model_validate({"base_model": name, "tokens": ["<a>", "<b>"]})
     tokenizer = load_tokenizer(section)
-    model = add_adapter(load_model(section, lora(), tokenizer, CPU, training=True), lora(),
-                        new_tokens=new_token_ids(tokenizer), seed=1)
+    model = add_adapter(
+        load_model(section, lora(), tokenizer, CPU, training=True),
+        lora(),
+        new_tokens=new_token_ids(tokenizer),
+        seed=1,
+    )
     rows = [n for n in trained_names(model) if "trainable_tokens" in n]
     assert len(rows) == (2 if name == LLAMA else 1)
     disturb(model).save_pretrained(tmp_path)
@@ -167,8 +176,17 @@ def test_new_tokens_train_only_their_rows_and_save_small(name: str, tmp_path: Pa
     assert torch.equal(ours(ids).logits, model(ids).logits)
 
 
+def test_a_new_pad_token_costs_no_file(tmp_path: Path) -> None:
+    model = adapted(model_keys={"special_tokens": {"pad_token": "<p>"}})
+    assert model.peft_config["default"].trainable_token_indices is None
+    disturb(model).save_pretrained(tmp_path)
+    assert not any("embed" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+
+
 def test_new_tokens_leave_embeddings_alone_that_are_trained_anyway() -> None:
-    model = adapted(model_keys={"tokens": ["<a>"]}, tokens=[4096], lora_modules_to_save=["embed_tokens", "lm_head"])
+    model = adapted(
+        model_keys={"tokens": ["<a>"]}, tokens=[4096], lora_modules_to_save=["embed_tokens", "lm_head"]
+    )
     assert model.peft_config["default"].trainable_token_indices is None
     assert sum("modules_to_save" in n for n in trained_names(model)) == 2
 
@@ -206,7 +224,9 @@ def edit(folder: Path, **keys: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))
 
 
-def test_a_config_from_a_newer_peft(trained: tuple[PeftModel, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_from_a_newer_peft(
+    trained: tuple[PeftModel, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     model, folder = trained
     edit(folder, lora_of_tomorrow=True, nothing_new=None)
     assert torch.equal(load_adapter(base(), folder)(IDS).logits, model(IDS).logits)
@@ -219,10 +239,14 @@ def test_a_config_from_a_newer_peft(trained: tuple[PeftModel, Path], capsys: pyt
 def test_an_adapter_of_another_base(trained: tuple[PeftModel, Path]) -> None:
     _, folder = trained
     wide = base(reinit_weights=True, overrides_of_model_config={"intermediate_size": 256})
-    with pytest.raises(ModelError, match=r"another base model: `model.layers.0.mlp.down_proj` has 256 inputs here, 384"):
+    with pytest.raises(
+        ModelError, match=r"another base model: `model.layers.0.mlp.down_proj` has 256 inputs here, 384"
+    ):
         load_adapter(wide, folder)
     flat = base(reinit_weights=True, overrides_of_model_config={"num_hidden_layers": 2})
-    with pytest.raises(ModelError, match=r"weights for 14 layers that this one lacks, such as `model.layers.2"):
+    with pytest.raises(
+        ModelError, match=r"weights for 14 layers that this one lacks, such as `model.layers.2"
+    ):
         load_adapter(flat, folder)
 
 
@@ -239,13 +263,13 @@ def test_missing_and_damaged_weights(trained: tuple[PeftModel, Path]) -> None:
     file = folder / "adapter_model.safetensors"
     weights = load_file(file)
     save_file({k: v for k, v in weights.items() if "layers.1.mlp" not in k}, file)
-    with pytest.raises(ModelError, match="lacks 6 of its weights, such as `.*layers.1.mlp"):
+    with pytest.raises(ModelError, match=r"lacks 6 of its weights, such as `.*layers.1.mlp"):
         load_adapter(base(), folder)
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(ModelError, match="not a readable safetensors file"):
         load_adapter(base(), folder)
     file.unlink()
-    with pytest.raises(ModelError, match="has no `adapter_model.safetensors`"):
+    with pytest.raises(ModelError, match=r"has no `adapter_model.safetensors`"):
         load_adapter(base(), folder)
     with pytest.raises(ModelError, match="holds a whole model"):
         load_adapter(base(), LLAMA)

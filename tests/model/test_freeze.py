@@ -33,8 +33,12 @@ def test_a_digit_class_is_a_pattern_and_not_a_range() -> None:
 
 @pytest.mark.parametrize(
     ("text", "rows"),
-    [("head.weight[7:]", range(7, 10)), ("head.weight[:2]", range(2)), ("head.weight[3:5]", range(3, 5)),
-     ("head.weight", range(10))],
+    [
+        ("head.weight[7:]", range(7, 10)),
+        ("head.weight[:2]", range(2)),
+        ("head.weight[3:5]", range(3, 5)),
+        ("head.weight", range(10)),
+    ],
 )
 def test_only_the_named_rows_get_a_gradient(text: str, rows: range) -> None:
     net = Net()
@@ -56,13 +60,21 @@ def test_all_mistakes_at_once() -> None:
     with pytest.raises(ModelError) as told:
         freeze_except(Net(), ["lm_head", "embed", "model.embed_tokens.weight$"])
     assert [p.message.split("`")[1] for p in told.value.problems] == [
-        "unfrozen_parameters: lm_head", "unfrozen_parameters: model.embed_tokens.weight$"]
+        "unfrozen_parameters: lm_head",
+        "unfrozen_parameters: model.embed_tokens.weight$",
+    ]
     assert "`embed.weight`" in told.value.problems[0].remedy
     assert "`layers.0.weight`" in told.value.problems[0].remedy
 
 
-@pytest.mark.parametrize(("text", "words"), [("head[5:5]", "empty range"), ("he(ad", "not a regular expression"),
-                                             ("head.weight[10:]", "behind the last row")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("head[5:5]", "empty range"),
+        ("he(ad", "not a regular expression"),
+        ("head.weight[10:]", "behind the last row"),
+    ],
+)
 def test_wrong_entries(text: str, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         freeze_except(Net(), [text])

@@ -69,8 +69,9 @@ def test_weights_are_those_of_the_file() -> None:
         ({"bf16": True, "float32": True}, BF16, LORA, True, torch.float32),
     ],
 )
-def test_precision(keys: dict[str, Any], hardware: Any, adapter: AdapterSection, training: bool,
-                   dtype: torch.dtype) -> None:
+def test_precision(
+    keys: dict[str, Any], hardware: Any, adapter: AdapterSection, training: bool, dtype: torch.dtype
+) -> None:
     assert weight_dtype(section(**keys), adapter, hardware, training) == dtype
 
 
@@ -125,8 +126,12 @@ def test_random_start_is_repeatable_and_needs_no_weights(copy: Path) -> None:
 
 
 def test_overrides_of_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    model = load(overrides_of_model_config={"rope_parameters": {"rope_theta": 1.0, "rope_type": "default"},
-                                            "num_hiden_layers": 2})
+    model = load(
+        overrides_of_model_config={
+            "rope_parameters": {"rope_theta": 1.0, "rope_type": "default"},
+            "num_hiden_layers": 2,
+        }
+    )
     assert model.config.rope_parameters["rope_theta"] == 1.0
     assert "Did you mean `num_hidden_layers`?" in capsys.readouterr().err
 
@@ -224,7 +229,8 @@ def test_an_adapter_given_as_base_model(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("./no/where", 1), ("/no/where", 1), ("owner/on-the-hub", 0), (LLAMA, 0), ("a/b/c", 1)]
+    ("name", "count"),
+    [("./no/where", 1), ("/no/where", 1), ("owner/on-the-hub", 0), (LLAMA, 0), ("a/b/c", 1)],
 )
 def test_the_cheap_check(name: str, count: int) -> None:
     assert len(check_base_model(section(name))) == count
@@ -239,14 +245,22 @@ def test_the_cheap_check_names_the_folders_nearby() -> None:
 
 def test_checking_an_adapter_folder(tmp_path: Path) -> None:
     assert check_adapter_dir(AdapterSection()) == []
-    for name, words in ((LLAMA, "holds a whole model"), (str(FIXTURES), "holds no adapter"), ("./x", "not a folder")):
+    for name, words in (
+        (LLAMA, "holds a whole model"),
+        (str(FIXTURES), "holds no adapter"),
+        ("./x", "not a folder"),
+    ):
         assert words in check_adapter_dir(AdapterSection(lora_model_dir=name))[0].message
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "has no `adapter_model" in check_adapter_dir(AdapterSection(lora_model_dir=str(tmp_path)))[0].message
+    assert (
+        "has no `adapter_model" in check_adapter_dir(AdapterSection(lora_model_dir=str(tmp_path)))[0].message
+    )
 
 
 def test_the_cheap_check_loads_no_torch() -> None:
-    code = "import sys, axolotl.model.files; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    code = (
+        "import sys, axolotl.model.files; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -30,7 +30,13 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("keys", "adapter", "bits"),
-    [({}, LORA, 0), ({}, QLORA, 4), ({"load_in_4bit": True}, LORA, 4), ({"load_in_8bit": True}, LORA, 8), ({}, FULL, 0)],
+    [
+        ({}, LORA, 0),
+        ({}, QLORA, 4),
+        ({"load_in_4bit": True}, LORA, 4),
+        ({"load_in_8bit": True}, LORA, 8),
+        ({}, FULL, 0),
+    ],
 )
 def test_bits(keys: dict[str, Any], adapter: AdapterSection, bits: int) -> None:
     assert wants_quantized_load(section(**keys), adapter) == bits
@@ -39,21 +45,30 @@ def test_bits(keys: dict[str, Any], adapter: AdapterSection, bits: int) -> None:
 def test_four_bits_are_nf4_with_double_quantisation(installed: None) -> None:
     config = quantization_config(section(load_in_4bit=True), QLORA, torch.bfloat16)
     assert config is not None
-    assert (config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == (True, "nf4", True)
+    assert (config.load_in_4bit, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == (
+        True,
+        "nf4",
+        True,
+    )
     assert config.bnb_4bit_compute_dtype == config.bnb_4bit_quant_storage == torch.bfloat16
 
 
 def test_own_arguments_win_and_unknown_ones_are_told(installed: None) -> None:
-    keys = {"load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4", "llm_int8_threshold": 3.0}}
+    keys = {
+        "load_in_4bit": True,
+        "bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4", "llm_int8_threshold": 3.0},
+    }
     config = quantization_config(section(**keys), QLORA, torch.bfloat16)
     assert config is not None
     assert (config.bnb_4bit_quant_type, config.llm_int8_threshold) == ("fp4", 3.0)
-    with pytest.raises(ModelError, match="`bnb_config_kwargs.bnb_4bit_quant_typ`"):
-        quantization_config(section(load_in_4bit=True, bnb_config_kwargs={"bnb_4bit_quant_typ": "fp4"}), QLORA,
-                            torch.bfloat16)
+    with pytest.raises(ModelError, match=r"`bnb_config_kwargs.bnb_4bit_quant_typ`"):
+        quantization_config(
+            section(load_in_4bit=True, bnb_config_kwargs={"bnb_4bit_quant_typ": "fp4"}), QLORA, torch.bfloat16
+        )
     with pytest.raises(ModelError, match="is refused"):
-        quantization_config(section(load_in_8bit=True, bnb_config_kwargs={"llm_int8_threshold": "x"}), LORA,
-                            torch.bfloat16)
+        quantization_config(
+            section(load_in_8bit=True, bnb_config_kwargs={"llm_int8_threshold": "x"}), LORA, torch.bfloat16
+        )
 
 
 def test_eight_bits_and_none(installed: None) -> None:

@@ -30,8 +30,10 @@ def reloaded(tokenizer: Any, folder: Path) -> Any:
 def test_plain_load_keeps_bos_and_finds_a_pad_token_that_is_no_eos() -> None:
     tokenizer = load_tokenizer(section())
     assert tokenizer("hi")["input_ids"][0] == tokenizer.bos_token_id == 4080
-    assert tokenizer.pad_token == "<|finetune_right_pad_id|>" and tokenizer.padding_side == "right"
-    assert len(tokenizer) == 4096 and new_token_ids(tokenizer) == []
+    assert tokenizer.pad_token == "<|finetune_right_pad_id|>"
+    assert tokenizer.padding_side == "right"
+    assert len(tokenizer) == 4096
+    assert new_token_ids(tokenizer) == []
 
 
 def test_an_existing_pad_token_is_kept() -> None:
@@ -48,12 +50,19 @@ def test_a_new_bos_replaces_the_old_one_in_front(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(section(special_tokens={"bos_token": "<|python_tag|>"}))
     for each in (tokenizer, reloaded(tokenizer, tmp_path)):
         ids = each("hi")["input_ids"]
-        assert ids[0] == 4086 and 4080 not in ids
+        assert ids[0] == 4086
+        assert 4080 not in ids
         assert each("a", "b")["input_ids"].count(4086) == 2
 
 
-def test_absent_special_tokens_are_added_and_known_as_new(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    special = {"pad_token": "<my_pad>", "eos_token": "<my_eos>", "additional_special_tokens": ["<x>", "<|eot_id|>"]}
+def test_absent_special_tokens_are_added_and_known_as_new(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    special = {
+        "pad_token": "<my_pad>",
+        "eos_token": "<my_eos>",
+        "additional_special_tokens": ["<x>", "<|eot_id|>"],
+    }
     tokenizer = load_tokenizer(section(special_tokens=special))
     assert len(tokenizer) == 4096 + 3
     # the pad token's row is never trained
@@ -79,7 +88,8 @@ def test_overrides_rewrite_reserved_tokens_in_place(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(section(**keys, special_tokens={"eos_token": "<|my_end|>"}))
     for each in (tokenizer, reloaded(tokenizer, tmp_path)):
         assert each.encode("<|my_start|>hi<|my_end|>", add_special_tokens=False)[::3] == [4087, 4088]
-        assert len(each) == 4096 and each.eos_token_id == 4088
+        assert len(each) == 4096
+        assert each.eos_token_id == 4088
         assert "<|reserved_special_token_0|>" not in each.get_vocab()
     assert new_token_ids(tokenizer) == [4087, 4088]
     assert tokenizer.name_or_path == LLAMA
@@ -87,14 +97,17 @@ def test_overrides_rewrite_reserved_tokens_in_place(tmp_path: Path) -> None:
 
 def test_overriding_the_bos_itself_renames_it_everywhere() -> None:
     tokenizer = load_tokenizer(section(added_tokens_overrides={4080: "<start>"}))
-    assert tokenizer.bos_token == "<start>" and tokenizer("hi")["input_ids"][0] == 4080
+    assert tokenizer.bos_token == "<start>"
+    assert tokenizer("hi")["input_ids"][0] == 4080
 
 
 def test_wrong_overrides_are_told_all_at_once() -> None:
     with pytest.raises(ModelError) as told:
         load_tokenizer(section(added_tokens_overrides={5: "<a>", 4087: "<|eot_id|>"}))
     messages = [p.message for p in told.value.problems]
-    assert len(messages) == 2 and "`added_tokens_overrides.5`" in messages[0] and "4084 already" in messages[1]
+    assert len(messages) == 2
+    assert "`added_tokens_overrides.5`" in messages[0]
+    assert "4084 already" in messages[1]
     assert "4087" in told.value.problems[0].remedy
 
 
@@ -107,21 +120,43 @@ def test_wrong_overrides_are_told_all_at_once() -> None:
         (["<s>", "</s>"], "</s>"),
     ],
 )
-def test_the_pad_token_is_found_not_added(tmp_path: Path, vocabulary: list[str], pad: str,
-                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pad_token_is_found_not_added(
+    tmp_path: Path, vocabulary: list[str], pad: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_word_tokenizer(tmp_path, vocabulary)
     tokenizer = load_tokenizer(section(str(tmp_path)))
-    assert tokenizer.pad_token == pad and len(tokenizer) == len(vocabulary) + 1
+    assert tokenizer.pad_token == pad
+    assert len(tokenizer) == len(vocabulary) + 1
     assert ("EOS `</s>` is used for padding" in capsys.readouterr().err) == (pad == "</s>")
 
 
 def write_word_tokenizer(folder: Path, specials: list[str]) -> None:
     words = {"hello": 0, **{s: i + 1 for i, s in enumerate(specials)}}
-    added = [{"id": i, "content": s, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-              "special": True} for s, i in words.items() if s != "hello"]
+    added = [
+        {
+            "id": i,
+            "content": s,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for s, i in words.items()
+        if s != "hello"
+    ]
     model = {"type": "WordLevel", "vocab": words, "unk_token": "hello"}
-    state = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-             "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None, "model": model}
+    state = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": model,
+    }
     (folder / "tokenizer.json").write_text(json.dumps(state))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -132,13 +167,16 @@ def test_a_tokenizer_saved_by_training_is_used_as_it_is(tmp_path: Path) -> None:
     trained.chat_template = "{{ messages }}"
     trained.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(section(CHATML, tokens=["<tool>"]), tmp_path)
-    assert len(tokenizer) == 4097 and tokenizer.chat_template == "{{ messages }}"
+    assert len(tokenizer) == 4097
+    assert tokenizer.chat_template == "{{ messages }}"
     # a checkpoint without one falls back on the base model's, with the config's changes
     (tmp_path / "bare").mkdir()
     assert len(load_tokenizer(section(CHATML, tokens=["<a>", "<b>"]), tmp_path / "bare")) == 4098
 
 
-def test_tokenizer_type_that_reads_the_vocabulary_wrongly_is_not_used(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokenizer_type_that_reads_the_vocabulary_wrongly_is_not_used(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     right = AutoTokenizer.from_pretrained(LLAMA).encode("Hello, world! 12345")
     for name in ("LlamaTokenizer", "PreTrainedTokenizerFast", "AutoTokenizer"):
         assert load_tokenizer(section(tokenizer_type=name)).encode("Hello, world! 12345") == right

@@ -45,7 +45,9 @@ def section(base: str, **keys: Any) -> ModelSection:
     return ModelSection.model_validate({"base_model": base, **keys})
 
 
-def train(folder: Path, base: str, adapter: AdapterSection, template: str = "{{ messages }}", **keys: Any) -> Path:
+def train(
+    folder: Path, base: str, adapter: AdapterSection, template: str = "{{ messages }}", **keys: Any
+) -> Path:
     """An adapter as training leaves it: weights that are not at their start, with tokenizer and chat template."""
     model_section = section(base, **keys)
     tokenizer = load_tokenizer(model_section)
@@ -90,14 +92,18 @@ KINDS: dict[str, dict[str, Any]] = {
 UNTIED_BY_ADAPTER = ("head alone", "embeddings by lora", "head and embeddings")
 
 
-CASES = [(kind, LLAMA) for kind in KINDS] + [(kind, CHATML) for kind in ("lora", "dora", "rows", *UNTIED_BY_ADAPTER)]
+CASES = [(kind, LLAMA) for kind in KINDS] + [
+    (kind, CHATML) for kind in ("lora", "dora", "rows", *UNTIED_BY_ADAPTER)
+]
 
 
 @pytest.mark.parametrize(("kind", "base"), CASES, ids=[f"{k}-{Path(b).name}" for k, b in CASES])
 def test_merging_is_bit_equal_to_peft(kind: str, base: str, tmp_path: Path) -> None:
     adapter = lora(**KINDS[kind])
     folder = train(tmp_path / "adapter", base, adapter)
-    report = merge(section(base), adapter, folder, tmp_path / "merged", verify="logits", sample_rows=IDS.tolist())
+    report = merge(
+        section(base), adapter, folder, tmp_path / "merged", verify="logits", sample_rows=IDS.tolist()
+    )
     assert report.method == ("in memory" if kind == "pissa" else "layer by layer")
     assert report.checks[0].passed
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -108,7 +114,9 @@ def test_merging_is_bit_equal_to_peft(kind: str, base: str, tmp_path: Path) -> N
         found = ours.state_dict()
         assert set(expected) == set(found)
         assert [k for k, v in expected.items() if not torch.equal(found[k], v)] == []
-        assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(load_file(f"{base}/model.safetensors"))
+        assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(
+            load_file(f"{base}/model.safetensors")
+        )
     else:
         assert ours.config.tie_word_embeddings is False
 
@@ -124,7 +132,9 @@ def test_merging_is_bit_equal_to_peft(kind: str, base: str, tmp_path: Path) -> N
     ],
     ids=["rows", "32x", "whole", "pad only"],
 )
-def test_added_tokens(base: str, keys: dict[str, Any], adapter: dict[str, Any], rows: int, tmp_path: Path) -> None:
+def test_added_tokens(
+    base: str, keys: dict[str, Any], adapter: dict[str, Any], rows: int, tmp_path: Path
+) -> None:
     chosen = lora(**adapter)
     folder = train(tmp_path / "adapter", base, chosen, **keys)
     merge(section(base, **keys), chosen, folder, tmp_path / "merged")
@@ -183,7 +193,11 @@ def test_a_checkpoint_saved_without_the_head_prefix(tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(LLAMA, base)
     weights = load_file(base / "model.safetensors")
-    save_file({k.removeprefix("model."): v for k, v in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k.removeprefix("model."): v for k, v in weights.items()},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
     folder = train(tmp_path / "adapter", LLAMA, lora())
     merge(section(str(base)), lora(), folder, tmp_path / "merged", verify="off")
     written = load_file(tmp_path / "merged" / "model.safetensors")
@@ -196,7 +210,10 @@ def test_legacy_way_gives_the_same(tmp_path: Path) -> None:
     report = merge(section(CHATML), lora(merge_method="legacy"), folder, tmp_path / "slow")
     merge(section(CHATML), lora(), folder, tmp_path / "fast")
     assert report.method == "in memory"
-    slow, fast = load_file(tmp_path / "slow/model.safetensors"), load_file(tmp_path / "fast/model.safetensors")
+    slow, fast = (
+        load_file(tmp_path / "slow/model.safetensors"),
+        load_file(tmp_path / "fast/model.safetensors"),
+    )
     assert set(slow) == set(fast)
     assert all(torch.equal(slow[k], fast[k]) for k in slow)
 
@@ -211,7 +228,9 @@ def test_checking_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("way", ["logits", "layers"])
-def test_a_wrong_merge_is_found_and_kept_aside(way: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_merge_is_found_and_kept_aside(
+    way: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = train(tmp_path / "adapter", LLAMA, lora())
     from peft.tuners.lora import Linear
 
@@ -267,18 +286,27 @@ def test_destinations_that_are_refused(tmp_path: Path) -> None:
     shutil.copytree(LLAMA, tmp_path / "base")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "todo.txt").write_text("x")
-    for target, words in ((folder, "is read from"), (tmp_path / "base", "is read from"), (tmp_path, "is read from"),
-                          (tmp_path / "notes", "holds other files"), (folder / "adapter_config.json", "is a file")):
+    for target, words in (
+        (folder, "is read from"),
+        (tmp_path / "base", "is read from"),
+        (tmp_path, "is read from"),
+        (tmp_path / "notes", "holds other files"),
+        (folder / "adapter_config.json", "is a file"),
+    ):
         with pytest.raises(ModelError, match=words):
             merge(section(str(tmp_path / "base")), lora(), folder, target)
     assert (tmp_path / "notes" / "todo.txt").exists()
 
 
-def test_a_disk_that_is_too_small_is_told_before_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_told_before_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = train(tmp_path / "adapter", LLAMA, lora())
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**6, 10**6))
-    with pytest.raises(EnvironmentProblem, match=r"needs 41\.\d\d MB.*1\.00 MB free|needs 0\.04 GB.*1\.00 MB free"):
+    with pytest.raises(
+        EnvironmentProblem, match=r"needs 41\.\d\d MB.*1\.00 MB free|needs 0\.04 GB.*1\.00 MB free"
+    ):
         merge(section(LLAMA), lora(), folder, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
@@ -291,7 +319,9 @@ def test_what_does_not_belong_together(tmp_path: Path) -> None:
     (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     with pytest.raises(ModelError, match="weights for 14 layers that this one lacks"):
         merge(section(str(base)), lora(), folder, tmp_path / "merged")
-    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (base / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
     with pytest.raises(ModelError, match="holds gptq weights, into which nothing can be merged"):
         merge(section(str(base)), lora(), folder, tmp_path / "merged")
     with pytest.raises(ModelError, match="holds a whole model"):
@@ -306,7 +336,7 @@ def edit_weights(folder: Path, change: Any) -> None:
 def test_an_adapter_with_numbers_that_are_not_finite(tmp_path: Path) -> None:
     folder = train(tmp_path / "adapter", LLAMA, lora())
     edit_weights(folder, lambda k, v: v * float("nan") if "layers.2.mlp.up_proj.lora_B" in k else v)
-    with pytest.raises(ModelError, match="not finite, in `.*layers.2.mlp.up_proj.lora_B"):
+    with pytest.raises(ModelError, match=r"not finite, in `.*layers.2.mlp.up_proj.lora_B"):
         merge(section(LLAMA), lora(), folder, tmp_path / "merged")
 
 
@@ -330,13 +360,24 @@ def test_experts_by_target_parameters(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     config = Qwen2MoeConfig(
-        vocab_size=4096, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
-        shared_expert_intermediate_size=16, bos_token_id=None, eos_token_id=4091,
+        vocab_size=4096,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        bos_token_id=None,
+        eos_token_id=4091,
     )
     Qwen2MoeForCausalLM(config).save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(CHATML).save_pretrained(tmp_path / "base")
-    adapter = lora(lora_target_modules=["q_proj"], lora_target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    adapter = lora(
+        lora_target_modules=["q_proj"], lora_target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+    )
     folder = train(tmp_path / "adapter", str(tmp_path / "base"), adapter)
     merge(section(str(tmp_path / "base")), adapter, folder, tmp_path / "merged", verify="logits")
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()

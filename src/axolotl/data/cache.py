@@ -26,6 +26,8 @@ FORMAT_VERSION = 1
 """Raised whenever the same config and data would be prepared differently than before."""
 MANIFEST = "manifest.json"
 DEFAULT_FOLDER = "last_run_prepared"
+CONTENT = "the content of "
+"""How the parts of a key that are files begin."""
 
 _LARGE = 1 << 25
 """Bytes from which a file's hash is remembered."""
@@ -155,7 +157,7 @@ def template_parts(data: DataSection) -> dict[str, str]:
         *(e.chat_template_jinja for e in (*data.datasets, *data.test_datasets)),
     ]
     files = dict.fromkeys(w for w in written if w and len(w) < 4096 and "\n" not in w and "{" not in w)
-    return {f"the content of {f}": digest(Path(f).read_bytes()) for f in files if Path(f).is_file()}
+    return {f"{CONTENT}{f}": digest(Path(f).read_bytes()) for f in files if Path(f).is_file()}
 
 
 def _short(value: Any) -> str:
@@ -192,11 +194,13 @@ def explain_miss(root: Path, name: str, parts: Mapping[str, str]) -> str | None:
             old = json.loads(file.read_text(encoding="utf-8"))["parts"]
         except (OSError, ValueError, KeyError):
             continue
+        # Where no file is shared it is another dataset altogether, not an older state of this one.
+        if not any(key.startswith(CONTENT) for key in old.keys() & parts.keys()):
+            continue
         changes = _changes(old, parts)
         if changes and (best is None or len(changes) < len(best)):
             best = changes
-    # A preparation with which nothing is shared is another dataset altogether, not an older state of this one.
-    if best is None or len(best) > max(4, len(parts) // 2):
+    if best is None:
         return None
     return "; ".join(best[:3]) + (f"; and {len(best) - 3} more" if len(best) > 3 else "")
 

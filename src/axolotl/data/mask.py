@@ -91,44 +91,45 @@ def locate_turns(trace: Trace, count: int, tool_turns: Sequence[bool], rule: Sto
     text = trace.text
     turns = [Turn([], []) for _ in range(count)]
     regions: dict[int, tuple[int, int]] = {}
-    for start, end, turn, _ in trace.own:
+    calls: dict[int, list[tuple[int, int]]] = {}  # what was written because of tool calls
+    for begin, end, turn, tools in trace.own:
         if turn >= 0:
-            regions[turn] = (regions[turn][0] if turn in regions else start, end)
+            regions[turn] = (regions[turn][0] if turn in regions else begin, end)
+            if tools and tool_turns[turn]:
+                calls.setdefault(turn, []).append((begin, end))
     stretches = _stretches(trace, turns, regions)
     seen = {s.turn for s in stretches}
-    for turn, (start, _) in regions.items():
+    for turn, (begin, _) in regions.items():
         # a turn without any text of its own still ends, right after what opens it
-        if turn not in seen and rule.opening and text.startswith(rule.opening, start):
-            at = start + len(rule.opening)
+        if turn not in seen and rule.opening and text.startswith(rule.opening, begin):
+            at = begin + len(rule.opening)
             stretches.append(_Stretch(turn, at, at, at))
     stretches.sort(key=lambda s: s.reach)
     final = {s.turn: i for i, s in enumerate(stretches) if s.home}
     for index, stretch in enumerate(stretches):
         turn, start = stretch.turn, stretch.start
         region = regions.get(turn)
-        if stretch.home and region and tool_turns[turn] and start is not None:
-            start = min(start, _tool_start(trace, turn, region[0], start, rule.opening))
+        is_last = index + 1 == len(stretches)
         if start is not None:
             end = stretch.end
-            if stretch.home and tool_turns[turn] and final[turn] != index:
-                # content follows the calls: their closing words belong to them all the same
-                end = max([end, *(b for a, b, t, tools in trace.own if tools and t == turn and a <= end)])
+            if stretch.home and region and turn in calls:
+                opens = calls[turn][0][0]
+                if rule.opening and text.startswith(rule.opening, region[0]):
+                    opens = max(opens, region[0] + len(rule.opening))
+                start = min(start, opens)
+                if final[turn] != index:
+                    # content follows the calls: their closing words belong to them all the same
+                    end = max([end, *(b for a, b in calls[turn] if a <= end)])
             turns[turn].spans.append((start, end))
         if final.get(turn) == index:
-            following = next((s.start or s.reach for s in stretches[index + 1 :]), len(text))
-            tail_end = region[1] if region else following
-            is_last = index + 1 == len(stretches)
+            tail_end = region[1] if region else len(text) if is_last else _begin(stretches[index + 1])
             turns[turn].reach = stretch.reach
             turns[turn].stop = _find_stop(text, stretch.reach, tail_end, len(text), is_last, rule)
     return turns
 
 
-def _tool_start(trace: Trace, turn: int, region: int, first: int, opening: str) -> int:
-    """Where the words that the template writes because of tool calls begin."""
-    start = min((a for a, _, t, tools in trace.own if t == turn and tools), default=first)
-    if opening and trace.text.startswith(opening, region):
-        start = max(start, region + len(opening))
-    return start
+def _begin(stretch: _Stretch) -> int:
+    return stretch.reach if stretch.start is None else stretch.start
 
 
 def _find_stop(

@@ -39,7 +39,7 @@ from axolotl.data.shards import (
     write_whole,
 )
 from axolotl.data.sources import Source
-from axolotl.data.tasks import CONTENT, Task, fingerprint_parts, open_tasks
+from axolotl.data.tasks import Task, fingerprint_parts, open_tasks
 from axolotl.data.work import Row, RowFailure
 from axolotl.data.workers import Engine, worker_count
 from axolotl.errors import DataError, Place, Problem
@@ -252,7 +252,7 @@ def _check_unchanged(tasks: list[Task], parts: dict[str, str]) -> None:
     """Raises DataError where a file is no longer what the key says: its rows may be of both states."""
     for task in tasks:
         for what, value in task.source.fingerprint_parts().items():
-            if parts.get(f"{CONTENT}{what}") != value:
+            if parts.get(f"{cache.CONTENT}{what}") != value:
                 raise DataError(f"`{what}` changed while it was read.", "Start again when it is complete.")
 
 

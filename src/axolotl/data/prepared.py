@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from datasets import Dataset, concatenate_datasets, load_from_disk
 
 from axolotl.data.ledger import DatasetSummary
 from axolotl.data.mixture import Mixture, mix
 from axolotl.errors import DataError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from axolotl.config.data import DataSection
 
 
@@ -89,13 +91,19 @@ class Prepared:
     def eval_dataset(self) -> Dataset | None:
         """The rows of `test_datasets` one after the other, else those that `val_set_size` holds out, else None."""
         if self.tests:
-            return concatenate_datasets([self._load(path) for path in self.tests])
+            return _datasets().concatenate_datasets([self._load(path) for path in self.tests])
         if not len(self.mixture.held_out):
             return None
         return _select(self._load(self.train), self.mixture.held_out)
 
     def _load(self, folder: Path) -> Dataset:
-        return load_from_disk(str(folder), keep_in_memory=self.data.dataset_keep_in_memory or None)
+        keep = self.data.dataset_keep_in_memory or None
+        return _datasets().load_from_disk(str(folder), keep_in_memory=keep)
+
+
+def _datasets() -> Any:
+    # It takes a second to import, and `preprocess` does without it.
+    return importlib.import_module("datasets")
 
 
 def _select(dataset: Dataset, rows: np.ndarray) -> Dataset:

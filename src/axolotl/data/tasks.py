@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from axolotl.config.data import DataSection, DatasetEntry
 
 
-CONTENT = "the content of "
-
-
 @dataclass
 class Task:
     """One dataset entry, opened."""
@@ -99,7 +96,7 @@ def fingerprint_parts(
     for task in tasks:
         parts |= cache.entry_parts(task.entry, task.key)
         for what, value in cache.content_digests(task.source, root).items():
-            parts[f"{CONTENT}{what}"] = value
+            parts[f"{cache.CONTENT}{what}"] = value
         if task.entry.shards:
             parts["the seed"] = str(seed)
         for what, value in task.renderer.fingerprint_parts().items():

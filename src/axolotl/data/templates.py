@@ -168,7 +168,7 @@ def _mentions_tool_calls(node: nodes.Node) -> bool:
 def _instrument(node: nodes.Node) -> None:
     """Adds to a parsed template the calls that move the pen, and replaces `~` by a concatenation that keeps origins."""
 
-    def call(name: str, *args: nodes.Expr, line: int) -> nodes.ExprStmt:
+    def call(name: str, *args: nodes.Expr, line: int) -> nodes.Node:
         made = nodes.ExprStmt(nodes.Call(nodes.Name(name, "load"), list(args), [], None, None))
         return made.set_lineno(line, override=True)
 
@@ -208,7 +208,7 @@ def _instrument(node: nodes.Node) -> None:
                     branch.body.append(call(_TOOL, nodes.Const(-1), line=branch.lineno))
         return [stmt]
 
-    def _concat_call(found: nodes.Concat) -> nodes.Call:
+    def _concat_call(found: nodes.Concat) -> nodes.Node:
         made = nodes.Call(nodes.Name(_CONCAT, "load"), [nodes.List(list(found.nodes))], [], None, None)
         return made.set_lineno(found.lineno, override=True)
 

@@ -92,7 +92,8 @@ class Traced(str):
 
     def _located(self, parts: Iterable[str]) -> list[Any]:
         """`parts` are pieces of this string in order, as `split` gives them; here with their runs."""
-        found, at = [], 0
+        found: list[Any] = []
+        at = 0
         for part in parts:
             at = self.index(part, at)
             found.append(self._cut(at, at + len(part)))
@@ -102,7 +103,8 @@ class Traced(str):
     def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         if sep is None:
             return self._located(str.split(self, None, maxsplit))
-        found, at = [], 0
+        found: list[Any] = []
+        at = 0
         for part in str.split(self, sep, maxsplit):
             found.append(self._cut(at, at + len(part)))
             at += len(part) + len(sep)
@@ -111,14 +113,16 @@ class Traced(str):
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         if sep is None:
             return self._located(str.rsplit(self, None, maxsplit))
-        found, at = [], 0
+        found: list[Any] = []
+        at = 0
         for part in str.rsplit(self, sep, maxsplit):
             found.append(self._cut(at, at + len(part)))
             at += len(part) + len(sep)
         return found
 
     def splitlines(self, keepends: bool = False) -> list[str]:
-        found, at = [], 0
+        found: list[Any] = []
+        at = 0
         for line in str.splitlines(self, True):
             kept = line if keepends else line.splitlines()[0]
             found.append(self._cut(at, at + len(kept)))

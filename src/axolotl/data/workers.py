@@ -8,18 +8,18 @@ when a worker is gone the parent says so.
 from __future__ import annotations
 
 import gc
-import multiprocessing
+import json
 import os
 import pickle
 import queue
 import signal
+import subprocess
 import sys
 import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from multiprocessing.connection import Connection, wait
-from typing import Any
 
 from axolotl.data.formats import formats
 from axolotl.data.work import ChunkResult, ChunkWorker, Job, Row
@@ -30,7 +30,6 @@ _FEW_CHUNKS = 6
 _AHEAD = 2
 """Chunks that a worker has at a time: one in work, one waiting, so that it is never idle."""
 
-
 Told = tuple[type[UserError], tuple[Problem, ...]]
 """A UserError on its way from a worker."""
 
@@ -39,8 +38,10 @@ class WorkerFailed(Exception):
     """A worker could not do its work for a reason that is no row's fault; holds its traceback."""
 
 
-def _serve(connection: Connection, payload: bytes) -> None:
-    """What a worker process does until its pipe ends."""
+def serve(read_end: int, write_end: int) -> None:
+    """What a worker process does until its pipe ends. The first message is what `ChunkWorker` is made of."""
+    connection, answers = Connection(read_end, writable=False), Connection(write_end, readable=False)
+    payload = connection.recv_bytes()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     gc.freeze()
     gc.set_threshold(200_000, 50, 1_000)  # a chunk is millions of small objects, and none of them is a cycle
@@ -65,50 +66,64 @@ def _serve(connection: Connection, payload: bytes) -> None:
         except UserError as error:
             answer = (-1, (type(error), error.problems))
         except Exception:
-            answer = (-1, _traceback())
+            answer = (-1, traceback.format_exc())
         try:
-            connection.send_bytes(pickle.dumps(answer, protocol=5))
+            answers.send_bytes(pickle.dumps(answer, protocol=5))
         except OSError:
-            return
+            break
     os._exit(0)  # the receiving thread and Rust threads need no farewell
 
 
-def _traceback() -> str:
-    return traceback.format_exc()
+_START = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from axolotl.data.workers import serve
+serve(int(sys.argv[2]), int(sys.argv[3]))
+"""
+_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+"""The processes are the parallelism: one thread each."""
 
 
 class WorkerPool:
-    """`count` processes that all know the same jobs. Raises pickle.PicklingError where a job cannot be sent."""
+    """`count` processes that all know the same jobs. They never import the program's own main script."""
 
     def __init__(self, jobs: list[Job], modules: list[str], count: int) -> None:
         payload = pickle.dumps((jobs, modules), protocol=5)
-        context = multiprocessing.get_context("spawn")
-        self._connections: list[Connection] = []
-        self._processes: list[Any] = []
-        # One thread per worker: the processes are the parallelism.
-        quiet = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "ARROW_NUM_THREADS": "1"}
-        before = {name: os.environ.get(name) for name in quiet}
-        os.environ.update(quiet)
+        self._tasks: list[Connection] = []
+        self._answers: list[Connection] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        for _ in range(count):
+            (their_tasks, tasks), (answers, their_answers) = os.pipe(), os.pipe()
+            self._tasks.append(Connection(tasks, readable=False))
+            self._answers.append(Connection(answers, writable=False))
+            ends = str(their_tasks), str(their_answers)
+            command = [sys.executable, "-c", _START, json.dumps([str(p) for p in sys.path]), *ends]
+            self._processes.append(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=2,  # whatever a library prints, stdout carries results only
+                    pass_fds=(their_tasks, their_answers),
+                    env={**os.environ, **_ENVIRONMENT},
+                )
+            )
+            os.close(their_tasks)
+            os.close(their_answers)
         try:
-            for _ in range(count):
-                mine, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, payload), daemon=True)
-                process.start()
-                theirs.close()
-                self._connections.append(mine)
-                self._processes.append(process)
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+            for worker in range(count):
+                self._send(worker, payload)
+        except BaseException:
+            self.close()
+            raise
 
     def map(self, job: int, chunks: Iterable[list[Row]]) -> Iterator[ChunkResult]:
         """Processes chunks of one job; results come in the order of the chunks."""
         done: dict[int, ChunkResult] = {}
-        load = dict.fromkeys(range(len(self._connections)), 0)
+        load = dict.fromkeys(range(len(self._tasks)), 0)
         source = enumerate(chunks)
         due, sent, more = 0, 0, True
         # A slow chunk holds back the results after it: no more are let in than this.
-        limit = 2 * _AHEAD * len(self._connections)
+        limit = 2 * _AHEAD * len(self._tasks)
         while more or due < sent:
             while more and sent - due < limit and min(load.values()) < _AHEAD:
                 item = next(source, None)
@@ -128,15 +143,15 @@ class WorkerPool:
 
     def _send(self, target: int, message: bytes) -> None:
         try:
-            self._connections[target].send_bytes(message)
+            self._tasks[target].send_bytes(message)
         except OSError:
             raise self._dead(target) from None
 
     def _collect(self, done: dict[int, ChunkResult], load: dict[int, int], *, block: bool) -> None:
-        for ready in wait(self._connections, None if block else 0):
-            target = self._connections.index(ready)  # type: ignore[arg-type]
+        for ready in wait(self._answers, None if block else 0):
+            target = self._answers.index(ready)  # type: ignore[arg-type]
             try:
-                number, result = pickle.loads(self._connections[target].recv_bytes())
+                number, result = pickle.loads(self._answers[target].recv_bytes())
             except (EOFError, OSError):
                 raise self._dead(target) from None
             if isinstance(result, str):
@@ -149,8 +164,10 @@ class WorkerPool:
 
     def _dead(self, target: int) -> EnvironmentProblem:
         process = self._processes[target]
-        process.join(5)
-        code = process.exitcode
+        try:
+            code = process.wait(5)
+        except subprocess.TimeoutExpired:
+            code = None
         how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
         reason = " (the system does that when memory runs out)" if code == -9 else ""
         return EnvironmentProblem(
@@ -160,12 +177,12 @@ class WorkerPool:
 
     def close(self) -> None:
         """Ends the workers at once."""
-        for connection in self._connections:
+        for process in self._processes:
+            process.kill()  # it holds nothing: only the parent writes
+        for process in self._processes:
+            process.wait()
+        for connection in (*self._tasks, *self._answers):
             connection.close()
-        for process in self._processes:
-            process.terminate()
-        for process in self._processes:
-            process.join()
 
 
 def worker_count(wanted: int | None) -> int:
@@ -175,13 +192,6 @@ def worker_count(wanted: int | None) -> int:
     if hasattr(os, "sched_getaffinity"):
         return min(len(os.sched_getaffinity(0)), 16)
     return min(os.cpu_count() or 1, 16)
-
-
-def can_spawn() -> bool:
-    """False where a started process could not find this program again (a session on standard input, say)."""
-    main = sys.modules.get("__main__")
-    file = getattr(main, "__file__", None)
-    return multiprocessing.current_process().daemon is False and (file is None or os.path.exists(file))
 
 
 class Engine:
@@ -204,7 +214,7 @@ class Engine:
         return (here.process(index, chunk) for chunk in chain(first, rows))
 
     def _has_pool(self, job: Job) -> bool:
-        if self._pool is None and self.workers > 1 and can_spawn():
+        if self._pool is None and self.workers > 1:
             modules = {formats.describe(name).module for name in formats.names()}
             plugins = sorted(m for m in modules if m and m.split(".")[0] not in ("axolotl", "__main__"))
             if _own_module(job) != "__main__":

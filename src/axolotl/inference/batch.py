@@ -11,7 +11,7 @@ from typing import Any
 
 from axolotl.console import note, success
 from axolotl.errors import DataError, Problem, UserError
-from axolotl.inference.generate import Sampling, cut_at_text, generate_batch
+from axolotl.inference.generate import Sampling, decode, generate_batch
 from axolotl.inference.loading import Loaded
 
 KEY = "row"
@@ -54,11 +54,18 @@ def run_batch(
         for at in range(0, len(waiting), batch_size):
             batch = waiting[at : at + batch_size]
             results = generate_batch(
-                loaded.model, loaded.tokenizer, [prompts[number] for number, _ in batch], sampling, loaded.stops
+                loaded.model,
+                loaded.tokenizer,
+                [prompts[number] for number, _ in batch],
+                sampling,
+                loaded.stops,
             )
             for (number, row), (ids, finish) in zip(batch, results, strict=True):
-                text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
-                answer = {"answer": cut_at_text(text, loaded.stops), "finish": finish, KEY: number}
+                answer = {
+                    "answer": decode(loaded.tokenizer, ids, loaded.stops),
+                    "finish": finish,
+                    KEY: number,
+                }
                 file.write(json.dumps({**row, **answer}, ensure_ascii=False) + "\n")
                 tokens += len(ids)
             file.flush()
@@ -66,7 +73,9 @@ def run_batch(
             if on_batch is not None:
                 on_batch(at + len(batch))
     seconds = time.perf_counter() - started
-    success(f"{len(waiting)} rows answered in {seconds:.1f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s): {target}")
+    success(
+        f"{len(waiting)} rows answered in {seconds:.1f} s ({tokens / max(seconds, 1e-9):.1f} tokens/s): {target}"
+    )
     return len(waiting)
 
 
@@ -85,7 +94,9 @@ def _read_rows(source: Path) -> list[tuple[int, dict[str, Any]]]:
                 raise ValueError(f"{type(row).__name__} instead of an object")
             rows.append((number, row))
         except ValueError as error:
-            problems.append(Problem(f"`{source}`, line {number} is not a JSON row: {error}", "Correct it.", "data"))
+            problems.append(
+                Problem(f"`{source}`, line {number} is not a JSON row: {error}", "Correct it.", "data")
+            )
     if problems:
         raise DataError(problems[:20])
     if not rows:

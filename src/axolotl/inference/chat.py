@@ -21,7 +21,9 @@ THINKING = (("<think>", "</think>"), ("<reasoning>", "</reasoning>"), ("<thinkin
 class Chat:
     """The state of a conversation. `handle` takes one line of the user: a command or a message."""
 
-    def __init__(self, loaded: Loaded, sampling: Sampling, write: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, loaded: Loaded, sampling: Sampling, write: Callable[[str], None] | None = None
+    ) -> None:
         self.loaded, self.sampling = loaded, sampling
         self.messages: list[dict[str, Any]] = []
         self.write = write or (lambda text: out(text, end=""))
@@ -36,7 +38,9 @@ class Chat:
             name, _, rest = text[1:].partition(" ")
             command = getattr(self, f"do_{name.replace('-', '_')}", None)
             if command is None:
-                note(f"`/{name}` is no command. /help lists them; a message that begins with / is written //…")
+                note(
+                    f"`/{name}` is no command. /help lists them; a message that begins with / is written //…"
+                )
                 return
             try:
                 command(rest.strip())
@@ -52,7 +56,12 @@ class Chat:
             prompt = self.loaded.prompter.chat(self.messages)
             shown = Shown(self.write, dim=sys.stdout.isatty())
             answer: Answer = generate(
-                self.loaded.model, self.loaded.tokenizer, prompt, self.sampling, self.loaded.stops, on_text=shown
+                self.loaded.model,
+                self.loaded.tokenizer,
+                prompt,
+                self.sampling,
+                self.loaded.stops,
+                on_text=shown,
             )
         except UserError as error:
             self.messages.pop()
@@ -123,7 +132,9 @@ class Chat:
             with Path(text).expanduser().open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise DataError(f"`{text}` cannot be written: {error.strerror}.", "Choose another file.") from None
+            raise DataError(
+                f"`{text}` cannot be written: {error.strerror}.", "Choose another file."
+            ) from None
         note(f"Saved to {text}.")
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from axolotl.data.types import IGNORE_INDEX
 from axolotl.errors import DataError
-from axolotl.inference.generate import Sampling, Stops, cut_at_text, generate_batch
+from axolotl.inference.generate import Sampling, Stops, decode, generate_batch
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,10 @@ def evaluate_loss(
                 on_batch(done)
     model.train(was_training)
     if not count:
-        raise DataError("The test set has no row in which any token counts.", "Check its labels with `preprocess --debug`.")
+        raise DataError(
+            "The test set has no row in which any token counts.",
+            "Check its labels with `preprocess --debug`.",
+        )
     mean = total / count
     return LossReport(mean, math.exp(min(mean, 700.0)), count, len(lengths))
 
@@ -167,10 +170,8 @@ def exact_match(
         for (i, prompt, expected), (new, _) in zip(batch, results, strict=True):
             while expected and expected[-1] in stops.ids:
                 expected = expected[:-1]
-            wanted, given = (
-                cut_at_text(tokenizer.decode(ids, skip_special_tokens=True), stops).strip() for ids in (expected, new)
-            )
-            samples[i] = Sample(tokenizer.decode(prompt), wanted, given, wanted == given)
+            wanted, given = (decode(tokenizer, ids, stops).strip() for ids in (expected, new))
+            samples[i] = Sample(str(tokenizer.decode(prompt)), wanted, given, wanted == given)
         if on_batch is not None:
             on_batch(min(at + batch_size, len(pairs)))
     ordered = [samples[i] for i in sorted(samples)]

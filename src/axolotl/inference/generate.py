@@ -39,7 +39,10 @@ class Sampling:
     def changed(self, name: str, text: str) -> Sampling:
         """A copy with one value read from text. Raises ConfigError for an unknown name or an unreadable value."""
         kinds: dict[str, Callable[[str], Any]] = {
-            "max_new_tokens": int, "top_k": int, "seed": int, "do_sample": lambda t: {"true": True, "false": False}[t],
+            "max_new_tokens": int,
+            "top_k": int,
+            "seed": int,
+            "do_sample": lambda t: {"true": True, "false": False}[t],
         }
         known = [f.name for f in fields(self)]
         if name not in known:
@@ -47,7 +50,9 @@ class Sampling:
         try:
             value = kinds.get(name, float)(text.strip().lower())
         except (ValueError, KeyError):
-            raise ConfigError(f"`{text}` is no value for `{name}`.", "Give a number, or true or false.") from None
+            raise ConfigError(
+                f"`{text}` is no value for `{name}`.", "Give a number, or true or false."
+            ) from None
         return Sampling(**{**vars(self), name: value})
 
     def config(self, own: GenerationConfig | None) -> GenerationConfig:
@@ -63,7 +68,9 @@ class Sampling:
             do_sample = False
             chosen = {k: v for k, v in chosen.items() if k not in ("temperature", "top_p", "top_k", "min_p")}
         elif own is not None:
-            inherited = {k: getattr(own, k, None) for k in ("temperature", "top_p", "top_k", "repetition_penalty")}
+            inherited = {
+                k: getattr(own, k, None) for k in ("temperature", "top_p", "top_k", "repetition_penalty")
+            }
             chosen = {k: v for k, v in inherited.items() if v is not None} | chosen
         return GenerationConfig(**chosen, do_sample=do_sample, use_cache=True)
 
@@ -106,7 +113,9 @@ def find_stops(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], texts: Se
 class _Stream(BaseStreamer):
     """Decodes tokens as they come and passes on text that can no longer change."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Stops, on_text: Callable[[str], None] | None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Stops, on_text: Callable[[str], None] | None
+    ) -> None:
         self.tokenizer, self.stops, self.on_text = tokenizer, stops, on_text
         self.ids: list[int] = []
         self.said = 0
@@ -136,10 +145,7 @@ class _Stream(BaseStreamer):
         ids = self.ids
         while ids and ids[-1] in self.stops.ids:
             ids = ids[:-1]
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        for stop in self.stops.texts:
-            text = text.split(stop)[0]
-        return text
+        return decode(self.tokenizer, ids, self.stops)
 
 
 class _Criteria(StoppingCriteria):
@@ -239,8 +245,9 @@ def generate_batch(
     return results
 
 
-def cut_at_text(text: str, stops: Stops) -> str:
-    """The text up to the first stop text in it."""
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Stops) -> str:
+    """Text of an answer's ids, without special tokens, up to the first stop text in it."""
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
     for stop in stops.texts:
         text = text.split(stop)[0]
     return text

@@ -14,7 +14,7 @@ from axolotl.errors import ModelError, Problem
 from axolotl.inference.generate import Stops, find_stops
 from axolotl.inference.prompting import Prompter
 from axolotl.model.adapter import load_adapter
-from axolotl.model.adapter_files import is_untrained
+from axolotl.model.adapter_files import adapter_folder, is_untrained
 from axolotl.model.files import (
     ADAPTER_CONFIG,
     WEIGHTS,
@@ -64,8 +64,7 @@ def find_trained(model: ModelSection, adapter: AdapterSection, output_dir: str |
     if problems:
         raise ModelError(problems)
     if adapter.lora_model_dir:
-        folder = Path(adapter.lora_model_dir).expanduser()
-        return Trained(adapter=folder if folder.is_dir() else Path(adapter.lora_model_dir))
+        return Trained(adapter=adapter_folder(adapter.lora_model_dir))
     output = Path(output_dir).expanduser()
     checkpoints = sorted(
         (p for p in output.glob("checkpoint-*") if _CHECKPOINT.search(p.name)),
@@ -76,7 +75,9 @@ def find_trained(model: ModelSection, adapter: AdapterSection, output_dir: str |
         if (folder / ADAPTER_CONFIG).is_file():
             recorded = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
             if recorded and not _same_base(recorded, model.base_model):
-                note(f"`{model.base_model}` is used alone: the adapter in `{folder}` belongs to `{recorded}`.")
+                note(
+                    f"`{model.base_model}` is used alone: the adapter in `{folder}` belongs to `{recorded}`."
+                )
                 return Trained()
             return Trained(adapter=folder)
         whole = any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
@@ -112,8 +113,13 @@ def load_trained(
         _say_untrained(model, adapter, output_dir, require_training)
     if trained.model is not None:
         model = model.model_copy(
-            update={"base_model": str(trained.model), "reinit_weights": False, "base_model_config": None,
-                    "tokenizer_config": None, "revision_of_model": None}
+            update={
+                "base_model": str(trained.model),
+                "reinit_weights": False,
+                "base_model_config": None,
+                "tokenizer_config": None,
+                "revision_of_model": None,
+            }
         )
     if trained.adapter is not None and is_untrained(trained.adapter):
         text = f"The adapter `{trained.adapter}` was never trained: it changes nothing."
@@ -140,12 +146,16 @@ def load_trained(
     return Loaded(loaded.eval(), tokenizer, prompter, stops, source)
 
 
-def _say_untrained(model: ModelSection, adapter: AdapterSection, output_dir: str | Path, refuse: bool) -> None:
+def _say_untrained(
+    model: ModelSection, adapter: AdapterSection, output_dir: str | Path, refuse: bool
+) -> None:
     if adapter.adapter is not None and not _is_other_model(model, output_dir):
         message = f"`adapter: {adapter.adapter}`, but there is no trained adapter in `{output_dir}`."
         if refuse:
             raise ModelError(
-                Problem(message, "Train first, or name the adapter: --lora-model-dir DIR.", "model", ("adapter",))
+                Problem(
+                    message, "Train first, or name the adapter: --lora-model-dir DIR.", "model", ("adapter",)
+                )
             )
         warn(f"{message} The base model answers alone.")
     elif refuse and adapter.adapter is None:

@@ -27,7 +27,9 @@ def read_question(prompt: str | None, prompt_file: Path | None, stdin: TextIO | 
             return None
         prompt = stdin.read()
     if not prompt.strip():
-        raise DataError("There is no question to answer.", "Give one with --prompt, --prompt-file, or on stdin.")
+        raise DataError(
+            "There is no question to answer.", "Give one with --prompt, --prompt-file, or on stdin."
+        )
     return prompt.removesuffix("\n")
 
 

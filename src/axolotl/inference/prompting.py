@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from axolotl.config.data import DataSection
 
 # Columns that hold a question, in the order in which they are tried.
-_QUESTION = ("instruction", "question", "prompt", "INSTRUCTION", "query", "input", "article", "context", "text")
+_QUESTION = (
+    "instruction",
+    "question",
+    "prompt",
+    "INSTRUCTION",
+    "query",
+    "input",
+    "article",
+    "context",
+    "text",
+)
 _ANSWER = "…"
 
 
@@ -63,7 +73,9 @@ class Prompter:
                 return "instruction"
         if {"messages", "conversations"} & set(fields):
             return "chat"
-        note(f"Prompts cannot be laid out as `type: {self.format.name}` does; the text is given to the model as it is.")
+        note(
+            f"Prompts cannot be laid out as `type: {self.format.name}` does; the text is given to the model as it is."
+        )
         return "text"
 
     def _convert(self, row: dict[str, Any], fields: Sequence[str]) -> Any:
@@ -132,7 +144,9 @@ class Prompter:
 
     def _chat_ids(self, conversation: Conversation) -> list[int]:
         asked = Conversation(
-            conversation.messages, conversation.tools, {**conversation.variables, "add_generation_prompt": True}
+            conversation.messages,
+            conversation.tools,
+            {**conversation.variables, "add_generation_prompt": True},
         )
         return self._rendered(asked)
 
@@ -181,5 +195,3 @@ def _list_without_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]
     while kept and kept[-1].get("role") == "assistant":
         kept.pop()
     return kept
-
-

@@ -27,7 +27,12 @@ def answers(
         try:
             prompt = loaded.prompter.chat(messages)
             generate(
-                loaded.model, loaded.tokenizer, prompt, sampling, loaded.stops, on_text=pieces.put,
+                loaded.model,
+                loaded.tokenizer,
+                prompt,
+                sampling,
+                loaded.stops,
+                on_text=pieces.put,
                 cancelled=stop.is_set,
             )
             pieces.put(None)
@@ -55,12 +60,22 @@ def build_page(gr: Any, loaded: Loaded, output: OutputSection, sampling: Samplin
     """The page. `gr` is the gradio module."""
 
     def respond(
-        message: str, history: list[dict[str, Any]], system: str, temperature: float, top_p: float, max_new_tokens: float
+        message: str,
+        history: list[dict[str, Any]],
+        system: str,
+        temperature: float,
+        top_p: float,
+        max_new_tokens: float,
     ) -> Iterator[str]:
         earlier = [{"role": m["role"], "content": _text(m["content"])} for m in history]
         opening = [{"role": "system", "content": system}] if system.strip() else []
         chosen = Sampling(
-            **{**vars(sampling), "max_new_tokens": int(max_new_tokens), "temperature": temperature, "top_p": top_p}
+            **{
+                **vars(sampling),
+                "max_new_tokens": int(max_new_tokens),
+                "temperature": temperature,
+                "top_p": top_p,
+            }
         )
         yield from answers(
             loaded, [*opening, *earlier, {"role": "user", "content": message}], chosen, threading.Event()
@@ -75,7 +90,9 @@ def build_page(gr: Any, loaded: Loaded, output: OutputSection, sampling: Samplin
                 gr.Textbox("", label="System message"),
                 gr.Slider(0.0, 2.0, value=output.gradio_temperature, step=0.05, label="Temperature"),
                 gr.Slider(0.05, 1.0, value=sampling.top_p or 1.0, step=0.05, label="Top p"),
-                gr.Slider(1, 8192, value=output.gradio_max_new_tokens, step=1, label="Longest answer (tokens)"),
+                gr.Slider(
+                    1, 8192, value=output.gradio_max_new_tokens, step=1, label="Longest answer (tokens)"
+                ),
             ],
         )
     return page

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel, set_seed
-from transformers.pytorch_utils import Conv1D
 
 from axolotl.console import note
 from axolotl.errors import ModelError, Problem
 from axolotl.model.adapter_files import adapter_config, check_adapter_fits
 from axolotl.model.embeddings import embedding_rows, resize_embeddings, rows_in_adapter
 from axolotl.model.files import ADAPTER_WEIGHTS
+from axolotl.model.targets import check_saved_modules, target_modules
 
 if TYPE_CHECKING:
     from axolotl.config.adapter import AdapterSection
@@ -32,7 +32,14 @@ _EMBEDDING_NAMES = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "
 _FIELDS: dict[str, tuple[str, ...]] = {
     "lora_r": ("r", "rank"),
     "lora_alpha": ("lora_alpha", "alpha"),
-    "lora_dropout": ("lora_dropout", "vera_dropout", "module_dropout", "hada_dropout", "dropout", "fourier_dropout"),
+    "lora_dropout": (
+        "lora_dropout",
+        "vera_dropout",
+        "module_dropout",
+        "hada_dropout",
+        "dropout",
+        "fourier_dropout",
+    ),
     "lora_fan_in_fan_out": ("fan_in_fan_out",),
     "lora_rank_pattern": ("rank_pattern",),
     "lora_alpha_pattern": ("alpha_pattern",),
@@ -95,19 +102,30 @@ def _kind(adapter: AdapterSection) -> str:
     return "lora" if adapter.adapter in ("lora", "qlora", None) else str(adapter.adapter).lower()
 
 
-def build_config(model: PreTrainedModel, adapter: AdapterSection, new_tokens: Sequence[int] = ()) -> PeftConfig:
+def build_config(
+    model: PreTrainedModel, adapter: AdapterSection, new_tokens: Sequence[int] = ()
+) -> PeftConfig:
     """PEFT's configuration from the config's keys, for LoRA and for any other kind that PEFT knows by name."""
-    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(_kind(adapter).upper())
+    kind: Any = _kind(adapter).upper()
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     if cls is None:
         known = ", ".join(sorted(str(getattr(k, "value", k)).lower() for k in PEFT_TYPE_TO_CONFIG_MAPPING))
         raise ModelError(
-            Problem(f"`adapter: {adapter.adapter}` is no adapter of PEFT.", f"Known: qlora, {known}.", keys=("adapter",))
+            Problem(
+                f"`adapter: {adapter.adapter}` is no adapter of PEFT.",
+                f"Known: qlora, {known}.",
+                keys=("adapter",),
+            )
         )
     fields = {f.name for f in dataclasses.fields(cls)}
     missing = [k for k in ("lora_r", "lora_alpha") if "lora_alpha" in fields and getattr(adapter, k) is None]
     if missing:
         raise ModelError(
-            Problem(f"`adapter: {adapter.adapter}` needs `{k}`.", "16 is a usual rank, 32 a usual alpha.", keys=(k,))
+            Problem(
+                f"`adapter: {adapter.adapter}` needs `{k}`.",
+                "16 is a usual rank, 32 a usual alpha.",
+                keys=(k,),
+            )
             for k in missing
         )
     options: dict[str, Any] = {"task_type": TaskType.CAUSAL_LM}
@@ -125,7 +143,9 @@ def build_config(model: PreTrainedModel, adapter: AdapterSection, new_tokens: Se
             refused.append(key)
     if refused:
         raise ModelError(
-            Problem(f"`{key}` means nothing to `adapter: {adapter.adapter}`.", "Remove it.", keys=(key, "adapter"))
+            Problem(
+                f"`{key}` means nothing to `adapter: {adapter.adapter}`.", "Remove it.", keys=(key, "adapter")
+            )
             for key in refused
         )
     if "r" in options and "oft_block_size" in fields:
@@ -140,99 +160,25 @@ def build_config(model: PreTrainedModel, adapter: AdapterSection, new_tokens: Se
         if targets or not options.get("target_parameters"):
             options["target_modules"] = targets
             if "feedforward_modules" in fields and isinstance(targets, list):
-                inner = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(model.config.model_type, [])
+                inner = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(
+                    model.config.model_type, []
+                )
                 options["feedforward_modules"] = [t for t in targets if t in inner]
-    _check_saved_modules(model, adapter)
+    check_saved_modules(model, adapter)
     if new_tokens and "trainable_token_indices" in fields and "trainable_token_indices" not in options:
         rows = _rows_to_train(model, adapter, new_tokens)
         if rows:
             options["trainable_token_indices"] = rows
             count = len(next(iter(rows.values())))
-            note(f"{count} new tokens: their rows of {' and '.join(f'`{n}`' for n in rows)} are trained and saved.")
+            note(
+                f"{count} new tokens: their rows of {' and '.join(f'`{n}`' for n in rows)} are trained and saved."
+            )
     try:
         return cls(**options)
     except (ValueError, TypeError) as error:
-        raise ModelError(f"PEFT refuses the adapter's options: {error}", "Correct the key that it names.") from error
-
-
-def target_modules(model: PreTrainedModel, adapter: AdapterSection) -> str | list[str] | None:
-    """The layers that get an adapter: the names written, `lora_target_linear`'s, or one regular expression.
-
-    Raises ModelError for names that match no layer, with the names that exist.
-    """
-    wanted = adapter.lora_target_modules
-    linear = adapter.lora_target_linear or wanted == "all-linear" or wanted == ["all-linear"]
-    if wanted in ("all-linear", ["all-linear"]):
-        wanted = None
-    if wanted is None and not linear:
-        if adapter.lora_target_parameters or _kind(adapter) not in ("lora",):
-            return None
         raise ModelError(
-            Problem(
-                f"`adapter: {adapter.adapter}` has no layers to work on.",
-                f"Set `lora_target_linear: true`, or name layers in `lora_target_modules`: {_names(linear_names(model))}.",
-                keys=("lora_target_modules", "lora_target_linear"),
-            )
-        )
-    names = [n for n, _ in model.named_modules() if n]
-    if isinstance(wanted, str):
-        try:
-            pattern = re.compile(wanted)
-        except re.error as error:
-            raise ModelError(
-                Problem(f"`lora_target_modules: {wanted}` is not a regular expression: {error}.", "Correct it.",
-                        keys=("lora_target_modules",))
-            ) from None
-        if any(pattern.fullmatch(n) for n in names):
-            return wanted
-        wanted = [wanted]
-    # PEFT itself takes a list of which only one entry matches; a misspelt layer would go untrained in silence.
-    lost = [w for w in wanted or [] if not any(n == w or n.endswith(f".{w}") for n in names)]
-    if lost:
-        raise ModelError(
-            Problem(
-                f"`lora_target_modules: {w}` matches no layer of this model.",
-                f"Linear layers there: {_names(linear_names(model))}.",
-                keys=("lora_target_modules",),
-            )
-            for w in lost
-        )
-    found = set(wanted or [])
-    if linear:
-        saved = set(adapter.lora_modules_to_save or ())
-        found |= set(linear_names(model)) - saved
-    return sorted(found)
-
-
-def linear_names(model: PreTrainedModel) -> list[str]:
-    """Last parts of the names of all linear layers but the output head, sorted; a list's members by their full name."""
-    head = model.get_output_embeddings()
-    found = set()
-    for name, module in model.named_modules():
-        kind = isinstance(module, (nn.Linear, Conv1D)) or "Linear" in type(module).__name__
-        if not kind or module is head or list(module.children()):
-            continue
-        last = name.rsplit(".", 1)[-1]
-        found.add(name if last.isdigit() else last)
-    head_name = next((n.rsplit(".", 1)[-1] for n, m in model.named_modules() if m is head), None)
-    return sorted(found - {head_name})
-
-
-def _names(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
-
-
-def _check_saved_modules(model: PreTrainedModel, adapter: AdapterSection) -> None:
-    names = [n for n, _ in model.named_modules() if n]
-    lost = [w for w in adapter.lora_modules_to_save or () if not any(n == w or n.endswith(f".{w}") for n in names)]
-    if lost:
-        last = sorted({n.rsplit(".", 1)[-1] for n in names if not n.rsplit(".", 1)[-1].isdigit()})
-        raise ModelError(
-            Problem(f"`lora_modules_to_save: {w}` matches no layer of this model.", f"Layers there: {_names(last)}.",
-                    keys=("lora_modules_to_save",))
-            for w in lost
-        )
+            f"PEFT refuses the adapter's options: {error}", "Correct the key that it names."
+        ) from error
 
 
 def _rows_to_train(
@@ -287,8 +233,16 @@ def _cast_output(dtype: torch.dtype) -> Any:
 
 
 def _save_small(model: PeftModel, config: PeftConfig) -> None:
-    """Where single rows are trained, keeps PEFT from saving whole embeddings because the vocabulary grew."""
-    if not getattr(config, "trainable_token_indices", None):
+    """Keeps PEFT from saving whole embeddings only because the vocabulary grew.
+
+    Rows that are trained are saved by themselves; the other new ones come out the same wherever the base is resized.
+    """
+    targets = getattr(config, "target_modules", None) or ()
+    whole = {
+        *(getattr(config, "modules_to_save", None) or ()),
+        *([targets] if isinstance(targets, str) else targets),
+    }
+    if any(name.endswith(_EMBEDDING_NAMES) for name in whole):
         return
     save = model.save_pretrained
 
@@ -296,7 +250,7 @@ def _save_small(model: PeftModel, config: PeftConfig) -> None:
         options.setdefault("save_embedding_layers", False)
         return save(directory, **options)
 
-    model.save_pretrained = save_pretrained  # type: ignore[method-assign]
+    model.save_pretrained = save_pretrained  # type: ignore[method-assign,assignment]
 
 
 def _say_trainable(model: PeftModel, what: str) -> None:
@@ -332,7 +286,11 @@ def load_adapter(
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             peft_model = PeftModel.from_pretrained(
-                model, str(folder), config=config, is_trainable=trainable, autocast_adapter_dtype=autocast_adapter_dtype
+                model,
+                str(folder),
+                config=config,
+                is_trainable=trainable,
+                autocast_adapter_dtype=autocast_adapter_dtype,
             )
     except (ValueError, KeyError, RuntimeError, TypeError, NotImplementedError) as error:
         raise ModelError(

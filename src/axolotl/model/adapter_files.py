@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import safe_open
@@ -16,10 +18,35 @@ from transformers import PreTrainedModel
 from axolotl.console import note
 from axolotl.errors import ModelError
 from axolotl.model.embeddings import embedding_rows
-from axolotl.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TensorEntry, read_header, read_json
+from axolotl.model.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    TensorEntry,
+    could_be_hub_id,
+    local_folder,
+    missing_folder,
+    read_header,
+    read_json,
+)
+from axolotl.model.tokenizer import explain_load_failure
 
 PREFIX = "base_model.model."
-_LORA = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight|\.bias)?$")
+_LORA = re.compile(
+    r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight|\.bias)?$"
+)
+
+
+def adapter_folder(name: str) -> Path:
+    """The folder of an adapter; one of the Hub is fetched into the cache. Raises ModelError where it cannot be had."""
+    folder = local_folder(name)
+    if folder is not None:
+        return folder
+    if not could_be_hub_id(name):
+        raise ModelError(missing_folder("lora_model_dir", name))
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "optimizer*", "checkpoint-*"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(explain_load_failure(error, "lora_model_dir", name, "adapter")) from error
 
 
 def adapter_config(folder: Path) -> PeftConfig:
@@ -37,10 +64,12 @@ def adapter_config(folder: Path) -> PeftConfig:
         )
         raise ModelError(f"`{folder}` holds {what}: there is no `{ADAPTER_CONFIG}`.", remedy)
     plain = read_json(file)
-    kind = plain.get("peft_type")
+    kind: Any = plain.get("peft_type")
     cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     if cls is None:
-        raise ModelError(f"`{file}` is of the kind `{kind}`, which this PEFT does not have.", "Install a newer peft.")
+        raise ModelError(
+            f"`{file}` is of the kind `{kind}`, which this PEFT does not have.", "Install a newer peft."
+        )
     known = {f.name for f in dataclasses.fields(cls)}
     unknown = {k: v for k, v in plain.items() if k not in known and k != "peft_version"}
     if any(v not in (None, False, {}, []) for v in unknown.values()):
@@ -48,7 +77,9 @@ def adapter_config(folder: Path) -> PeftConfig:
     try:
         return cls(**{k: v for k, v in plain.items() if k in known})
     except (TypeError, ValueError) as error:
-        raise ModelError(f"`{file}` cannot be used: {error}", "Copy it again from where the adapter was saved.") from None
+        raise ModelError(
+            f"`{file}` cannot be used: {error}", "Copy it again from where the adapter was saved."
+        ) from None
 
 
 def adapter_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, TensorEntry] | None:
@@ -66,7 +97,8 @@ def adapter_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, Te
             "Convert it to safetensors, or set `trust_remote_code: true` if you trust where it comes from.",
         )
     raise ModelError(
-        f"`{folder}` has no `{ADAPTER_WEIGHTS}`.", "The adapter was not saved to its end: use an earlier checkpoint."
+        f"`{folder}` has no `{ADAPTER_WEIGHTS}`.",
+        "The adapter was not saved to its end: use an earlier checkpoint.",
     )
 
 
@@ -78,7 +110,9 @@ def check_adapter_fits(
     if tensors is None:
         return
     if not tensors:
-        raise ModelError(f"`{folder / ADAPTER_WEIGHTS}` holds no tensors.", "Train again, or use an earlier checkpoint.")
+        raise ModelError(
+            f"`{folder / ADAPTER_WEIGHTS}` holds no tensors.", "Train again, or use an earlier checkpoint."
+        )
     modules = dict(model.named_modules())
     absent, wrong = [], []
     for name, entry in tensors.items():
@@ -96,7 +130,9 @@ def check_adapter_fits(
     base = config.base_model_name_or_path
     remedy = f"Set `base_model` to the model it was trained on{f', `{base}`' if base else ''}."
     if wrong:
-        raise ModelError(f"The adapter `{folder}` was trained on another base model: {'; '.join(wrong[:3])}.", remedy)
+        raise ModelError(
+            f"The adapter `{folder}` was trained on another base model: {'; '.join(wrong[:3])}.", remedy
+        )
     parts = sorted(set(absent))
     convertible = getattr(config, "target_parameters", None) or _is_fused(modules, parts)
     if not convertible:
@@ -123,7 +159,7 @@ def _lora_mismatch(path: str, part: str, entry: TensorEntry, module: nn.Module) 
     return []
 
 
-def _sizes(module: nn.Module) -> tuple[int | None, int | None]:
+def _sizes(module: Any) -> tuple[int | None, int | None]:
     """Inputs and outputs of a linear layer; None for any other."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.in_features), int(module.out_features)

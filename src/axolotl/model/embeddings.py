@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 def embedding_rows(model: PreTrainedModel) -> int:
     """Rows of the input embedding."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    weight: Any = model.get_input_embeddings().weight
+    return int(weight.shape[0])
 
 
 def wanted_rows(model: ModelSection, vocabulary: int, rows: int, adapter_dir: Path | None = None) -> int:
@@ -103,7 +104,9 @@ def rows_in_adapter(folder: Path) -> tuple[int, bool]:
     if weights.is_file():
         for name, entry in read_header(weights)[0].items():
             stem = name.removesuffix(".weight").removesuffix(".base_layer")
-            if name.endswith(".weight") and stem.endswith(("embed_tokens", "lm_head", ".wte", "embed_in", "embed_out")):
+            if name.endswith(".weight") and stem.endswith(
+                ("embed_tokens", "lm_head", ".wte", "embed_in", "embed_out")
+            ):
                 exact = max(exact, entry.shape[0])
             elif ".lora_embedding_A" in name:
                 exact = max(exact, entry.shape[1])

@@ -30,7 +30,17 @@ TOKENIZER_FILES = (
     "spiece.model",
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_ITEM_BITS = {"F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
+_ITEM_BITS = {
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+    "C64": 64,
+    "F32": 32,
+    "I32": 32,
+    "U32": 32,
+    "F16": 16,
+    "BF16": 16,
+}
 _ITEM_BITS |= {"I16": 16, "U16": 16, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 
@@ -52,7 +62,9 @@ def missing_folder(key: str, name: str, place: Place | None = None) -> Problem:
     if parent.is_dir():
         names = sorted(p.name for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
         near = f" Folders there: {', '.join(names[:8])}." if names else ""
-    return _problem(key, f"`{key}: {name}` is not a folder on this machine.", f"Check the path.{near}", "path", place)
+    return _problem(
+        key, f"`{key}: {name}` is not a folder on this machine.", f"Check the path.{near}", "path", place
+    )
 
 
 def _problem(key: str, message: str, remedy: str, kind: Any, place: Place | None) -> Problem:
@@ -64,9 +76,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ModelError(f"`{path}` cannot be read as JSON: {error}", "Copy or download the file again.") from None
+        raise ModelError(
+            f"`{path}` cannot be read as JSON: {error}", "Copy or download the file again."
+        ) from None
     if not isinstance(value, dict):
-        raise ModelError(f"`{path}` holds {type(value).__name__}, not a JSON object.", "Copy or download it again.")
+        raise ModelError(
+            f"`{path}` holds {type(value).__name__}, not a JSON object.", "Copy or download it again."
+        )
     return value
 
 
@@ -145,19 +161,28 @@ def read_weight_files(folder: Path) -> WeightFiles:
     """Headers of all weight files of a folder. Raises ModelError for missing or damaged ones and a wrong index."""
     index_file, single = folder / WEIGHTS_INDEX, folder / WEIGHTS
     if single.is_file() and not index_file.is_file():
-        entries, metadata = read_header(single)
-        return WeightFiles(folder, {WEIGHTS: entries}, {WEIGHTS: metadata}, None)
+        entries, said = read_header(single)
+        return WeightFiles(folder, {WEIGHTS: entries}, {WEIGHTS: said}, None)
     if not index_file.is_file():
         raise ModelError(no_weights(folder))
     index = read_json(index_file)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"`{index_file}` has no `weight_map`.", "Copy or download the file again.")
-    shards, metadata, problems = {}, {}, []
+    shards: dict[str, dict[str, TensorEntry]] = {}
+    metadata: dict[str, dict[str, str]] = {}
+    problems = []
     for name in dict.fromkeys(weight_map.values()):
         if not (folder / name).is_file():
-            problems.append(_problem("base_model", f"`{folder / name}` is missing, though the index names it.",
-                                     "Copy or download the model again.", "model", None))
+            problems.append(
+                _problem(
+                    "base_model",
+                    f"`{folder / name}` is missing, though the index names it.",
+                    "Copy or download the model again.",
+                    "model",
+                    None,
+                )
+            )
             continue
         shards[name], metadata[name] = read_header(folder / name)
     if problems:
@@ -178,8 +203,12 @@ def no_weights(folder: Path, key: str = "base_model", place: Place | None = None
         message = f"`{folder}` holds an adapter, not a base model."
         remedy = "Give the adapter as `lora_model_dir`, and its base model as `base_model`."
     elif sorted(folder.glob("pytorch_model*.bin")):
-        message = f"`{folder}` has its weights only as pickle files (`pytorch_model*.bin`), which can run any code."
-        remedy = "Convert them to safetensors, or set `trust_remote_code: true` if you trust where they come from."
+        message = (
+            f"`{folder}` has its weights only as pickle files (`pytorch_model*.bin`), which can run any code."
+        )
+        remedy = (
+            "Convert them to safetensors, or set `trust_remote_code: true` if you trust where they come from."
+        )
     else:
         message = f"`{folder}` has no weights: neither `{WEIGHTS}` nor `{WEIGHTS_INDEX}` is there."
         remedy = "Check the path, or finish the copy or download. `reinit_weights: true` starts from random weights."
@@ -203,15 +232,29 @@ def check_base_model(model: ModelSection, place: Place | None = None) -> list[Pr
         if (folder / ADAPTER_CONFIG).is_file():
             problems.append(no_weights(folder, place=place))
         else:
-            problems.append(_problem("base_model", f"`{config_folder}` has no `config.json`.",
-                                     "`base_model` names a folder that holds a whole model.", "model", place))
+            problems.append(
+                _problem(
+                    "base_model",
+                    f"`{config_folder}` has no `config.json`.",
+                    "`base_model` names a folder that holds a whole model.",
+                    "model",
+                    place,
+                )
+            )
         return problems
     try:
         if config_folder is not None:
             config = read_json(config_file)
             if not config.get("model_type") and not config.get("auto_map"):
-                problems.append(_problem("base_model", f"`{config_file}` names no `model_type`.",
-                                         "Copy or download the file again.", "model", place))
+                problems.append(
+                    _problem(
+                        "base_model",
+                        f"`{config_file}` names no `model_type`.",
+                        "Copy or download the file again.",
+                        "model",
+                        place,
+                    )
+                )
         if not model.reinit_weights and not _pickles_allowed(model, folder):
             read_weight_files(folder)
     except ModelError as error:
@@ -245,9 +288,18 @@ def check_adapter_dir(adapter: AdapterSection, place: Place | None = None) -> li
         if (folder / ADAPTER_WEIGHTS).is_file():
             read_header(folder / ADAPTER_WEIGHTS)
         elif not (folder / "adapter_model.bin").is_file():
-            return [_problem("lora_model_dir", f"`{name}` has no `{ADAPTER_WEIGHTS}`.",
-                             "The adapter was not saved to its end: use an earlier checkpoint.", "model", place)]
+            return [
+                _problem(
+                    "lora_model_dir",
+                    f"`{name}` has no `{ADAPTER_WEIGHTS}`.",
+                    "The adapter was not saved to its end: use an earlier checkpoint.",
+                    "model",
+                    place,
+                )
+            ]
     except ModelError as error:
-        return [Problem(p.message, p.remedy, p.kind, ("lora_model_dir",), (place,) if place else p.places)
-                for p in error.problems]
+        return [
+            Problem(p.message, p.remedy, p.kind, ("lora_model_dir",), (place,) if place else p.places)
+            for p in error.problems
+        ]
     return []

@@ -43,7 +43,9 @@ def parse_unfrozen(text: str) -> Unfrozen:
         start = int(match.group(1)) if match.group(1) else 0
         end = int(match.group(3)) if match.group(3) else None
         if end is not None and end <= start:
-            raise ModelError(_problem(f"`unfrozen_parameters: {text}` is an empty range.", "Write [first:last + 1]."))
+            raise ModelError(
+                _problem(f"`unfrozen_parameters: {text}` is an empty range.", "Write [first:last + 1].")
+            )
     try:
         return Unfrozen(text, re.compile(body), start, end)
     except re.error as error:
@@ -75,7 +77,9 @@ def freeze_except(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     if lost:
         names = ", ".join(f"`{n}`" for n in _examples(model))
         raise ModelError(
-            _problem(f"`unfrozen_parameters: {text}` matches no parameter of the model.", f"Names there: {names}.")
+            _problem(
+                f"`unfrozen_parameters: {text}` matches no parameter of the model.", f"Names there: {names}."
+            )
             for text in lost
         )
     parameters = dict(model.named_parameters())
@@ -83,7 +87,9 @@ def freeze_except(model: nn.Module, patterns: Sequence[str]) -> list[str]:
         _keep_rows(name, parameters[name], hits)
     trainable = [n for n, p in parameters.items() if p.requires_grad]
     count = sum(parameters[n].numel() for n in trainable)
-    note(f"{len(trainable)} of {len(parameters)} parameters are trained ({count:,} numbers); the others are frozen.")
+    note(
+        f"{len(trainable)} of {len(parameters)} parameters are trained ({count:,} numbers); the others are frozen."
+    )
     return trainable
 
 

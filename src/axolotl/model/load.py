@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.logging import disable_progress_bar
 
 from axolotl.console import note, warn
 from axolotl.errors import EnvironmentProblem, ModelError, Place, Problem
@@ -57,6 +60,7 @@ def load_model(
     problems = check_base_model(model, place)
     if problems:
         raise ModelError(problems)
+    bars_only_at_a_terminal()
     device = device or _device(model, hardware)
     config = load_model_config(model, place)
     check_prequantized(config, model.base_model, adapter, hardware.device, training)
@@ -79,6 +83,12 @@ def load_model(
     else:
         loaded.eval()
     return loaded
+
+
+def bars_only_at_a_terminal() -> None:
+    """Keeps the bars of transformers out of logs and pipes."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
 
 
 def _device(model: ModelSection, hardware: Hardware) -> str:
@@ -120,8 +130,13 @@ def load_model_config(model: ModelSection, place: Place | None = None) -> transf
     overrides = dict(model.overrides_of_model_config or {})
     reader = getattr(transformers, model.cls_model_config or "AutoConfig", None)
     if reader is None:
-        raise ModelError(Problem(f"`cls_model_config: {model.cls_model_config}` is no class of transformers.",
-                                 "Leave it out.", keys=("cls_model_config",)))
+        raise ModelError(
+            Problem(
+                f"`cls_model_config: {model.cls_model_config}` is no class of transformers.",
+                "Leave it out.",
+                keys=("cls_model_config",),
+            )
+        )
     try:
         config = reader.from_pretrained(source, **options)
         if overrides:
@@ -129,12 +144,18 @@ def load_model_config(model: ModelSection, place: Place | None = None) -> transf
             # Built anew, so that the class derives what depends on the overridden values.
             plain = config.to_dict() | overrides
             known = type(config).model_type in CONFIG_MAPPING and not getattr(config, "auto_map", None)
-            config = type(config).from_dict(plain) if known else AutoConfig.from_pretrained(source, **options, **overrides)
+            config = (
+                type(config).from_dict(plain)
+                if known
+                else AutoConfig.from_pretrained(source, **options, **overrides)
+            )
             config._name_or_path = source
         return config
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         text = str(error)
-        if "does not recognize this architecture" in text or ("model_type" in text and "CONFIG_MAPPING" not in text):
+        if "does not recognize this architecture" in text or (
+            "model_type" in text and "CONFIG_MAPPING" not in text
+        ):
             kind = text.split("`")[1] if text.count("`") > 1 else "?"
             near = difflib.get_close_matches(kind, list(CONFIG_MAPPING.keys()), n=1)
             hint = f" Did its `config.json` mean `{near[0]}`?" if near else ""
@@ -143,7 +164,9 @@ def load_model_config(model: ModelSection, place: Place | None = None) -> transf
                     f"`{key}: {name}` is of an architecture (`{kind}`) that transformers {transformers.__version__} "
                     "does not know.",
                     f"Install a newer transformers, or set `trust_remote_code: true` if it brings its own code.{hint}",
-                    "model", (key,), (place,) if place else (),
+                    "model",
+                    (key,),
+                    (place,) if place else (),
                 )
             ) from None
         raise ModelError(explain_load_failure(error, key, name, "configuration", place)) from error
@@ -172,7 +195,9 @@ def _model_class(model: ModelSection, config: transformers.PretrainedConfig, pla
             Problem(
                 f"`model_type: {name}` is no model class of transformers.",
                 f"{f'Did you mean `{near[0]}`? ' if near else ''}`AutoModelForCausalLM` fits nearly always.",
-                "model", ("model_type",), (place,) if place else (),
+                "model",
+                ("model_type",),
+                (place,) if place else (),
             )
         )
     own = getattr(getattr(cls, "config_class", None), "model_type", None)
@@ -249,7 +274,9 @@ def _from_files(
             "Hold it in fewer bits (`load_in_4bit: true` with `adapter: qlora`), or use a larger GPU.",
         ) from None
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
-        raise ModelError(explain_load_failure(error, "base_model", model.base_model, "weights", place)) from error
+        raise ModelError(
+            explain_load_failure(error, "base_model", model.base_model, "weights", place)
+        ) from error
     _check_complete(loaded, info, model, place)
     return loaded
 
@@ -264,11 +291,15 @@ def _memory_limits(model: ModelSection) -> dict[Any, Any] | None:
     return dict.fromkeys(range(torch.cuda.device_count()), text) | {"cpu": "256GiB"}
 
 
-def _check_complete(loaded: PreTrainedModel, info: dict[str, Any], model: ModelSection, place: Place | None) -> None:
+def _check_complete(
+    loaded: PreTrainedModel, info: dict[str, Any], model: ModelSection, place: Place | None
+) -> None:
     """Refuses a language model of which some weights were not in the files and would start at random."""
     missing = sorted(info.get("missing_keys") or ())
     wrong = sorted(str(k[0] if isinstance(k, tuple) else k) for k in info.get("mismatched_keys") or ())
-    if not (missing or wrong) or not type(loaded).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+    if not (missing or wrong) or not type(loaded).__name__.endswith(
+        ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    ):
         return
     names = ", ".join(f"`{k}`" for k in (missing + wrong)[:4])
     more = len(missing) + len(wrong) - 4
@@ -277,7 +308,9 @@ def _check_complete(loaded: PreTrainedModel, info: dict[str, Any], model: ModelS
             f"`base_model: {model.base_model}` lacks {len(missing) + len(wrong)} of the weights that its `config.json` "
             f"promises, such as {names}{f' and {more} more' if more > 0 else ''}.",
             "The files do not belong together, or `config.json` was changed. Copy or download the model again.",
-            "model", ("base_model",), (place,) if place else (),
+            "model",
+            ("base_model",),
+            (place,) if place else (),
         )
     )
 
@@ -306,7 +339,9 @@ def align_special_tokens(
     """
     stops = stop_ids(model, tokenizer, stop_tokens)
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        config.bos_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
+        config.bos_token_id = (
+            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
+        )
         config.pad_token_id = tokenizer.pad_token_id
         present = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in present:
@@ -326,7 +361,7 @@ def stop_ids(
     generation = getattr(model, "generation_config", None)
     own = getattr(generation, "eos_token_id", None)
     own = own if isinstance(own, list) else [own]
-    named = []
+    named: list[int] = []
     for text in stop_tokens:
         ids = tokenizer.encode(text, add_special_tokens=False)
         named += ids if len(ids) == 1 else []
@@ -335,10 +370,9 @@ def stop_ids(
     return list(dict.fromkeys(found))
 
 
-def ready_to_serve(model: PreTrainedModel) -> None:
+def ready_to_serve(model: PreTrainedModel | PeftModel) -> None:
     """Undoes what only training needs, before the weights are saved: the cache is on again for generation."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     base.config.use_cache = True
     if getattr(base, "generation_config", None) is not None:
         base.generation_config.use_cache = True
-

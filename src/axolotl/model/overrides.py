@@ -14,7 +14,7 @@ from axolotl.errors import ModelError, Problem
 
 
 def rewrite_added_tokens(
-    tokenizer: PreTrainedTokenizerBase, overrides: Mapping[int | str, str]
+    tokenizer: PreTrainedTokenizerBase, overrides: Mapping[int, str]
 ) -> PreTrainedTokenizerBase:
     """A tokenizer in which each id of `overrides` has the new text.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,8 @@ def quantization_config(
         return None
     require_extra("bitsandbytes", "bitsandbytes", f"`load_in_{bits}bit: true`")
     if bits == 8:
+        # It tells of every cast of every layer in every step.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         options: dict[str, Any] = {"load_in_8bit": True}
     else:
         options = {
@@ -74,7 +77,11 @@ def quantization_config(
         return transformers.BitsAndBytesConfig(**options)
     except (TypeError, ValueError) as error:
         raise ModelError(
-            Problem(f"`bnb_config_kwargs` is refused: {error}", "Correct or remove it.", keys=("bnb_config_kwargs",))
+            Problem(
+                f"`bnb_config_kwargs` is refused: {error}",
+                "Correct or remove it.",
+                keys=("bnb_config_kwargs",),
+            )
         ) from None
 
 
@@ -101,11 +108,13 @@ def check_prequantized(
     packages, remedy = _PACKAGES.get(scheme, ((), ""))
     if packages and not any(importlib.util.find_spec(p) for p in packages):
         raise EnvironmentProblem(
-            f"`base_model: {name}` holds {scheme} weights; reading them needs the package `{packages[0]}`.", remedy
+            f"`base_model: {name}` holds {scheme} weights; reading them needs the package `{packages[0]}`.",
+            remedy,
         )
     if scheme in _GPU_ONLY and device == "cpu":
         raise EnvironmentProblem(
-            f"`base_model: {name}` holds {scheme} weights, which need a GPU.", "Use the full-precision model here."
+            f"`base_model: {name}` holds {scheme} weights, which need a GPU.",
+            "Use the full-precision model here.",
         )
 
 

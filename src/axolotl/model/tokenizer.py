@@ -34,7 +34,9 @@ _PAD_LIKE = (
     "<unk>",
     "<|endoftext|>",
 )
-_RESERVED = re.compile(r"<\|?(reserved_special_token_|reserved_|dummy_|extra_id_|unused)\d+\|?>|\[control_\d+\]")
+_RESERVED = re.compile(
+    r"<\|?(reserved_special_token_|reserved_|dummy_|extra_id_|unused)\d+\|?>|\[control_\d+\]"
+)
 _PROBE = "Hello, world!  12345 naïve\n\tdef f(x): return x ** 2 # 日本語 🙂"
 
 
@@ -68,7 +70,7 @@ def load_tokenizer(
     tokenizer.new_token_ids = sorted(vocabulary[text] for text in new)
     added = [text for text in vocabulary if text not in known and vocabulary[text] >= len(known)]
     if added:
-        shown = ", ".join(f"`{t}`" for t in sorted(added, key=vocabulary.get)[:8])
+        shown = ", ".join(f"`{t}`" for t in sorted(added, key=vocabulary.__getitem__)[:8])
         note(f"The vocabulary grows by {len(added)}: {shown}{' …' if len(added) > 8 else ''}.")
     return tokenizer
 
@@ -96,8 +98,14 @@ def _read(
     if folder is None and not could_be_hub_id(name):
         raise ModelError(missing_folder(key, name, place))
     if folder is not None and not _holds_tokenizer(folder):
-        raise ModelError(_said(key, f"`{key}: {name}` holds no tokenizer.",
-                               f"One of these files has to be there: {', '.join(TOKENIZER_FILES[:4])}.", place))
+        raise ModelError(
+            _said(
+                key,
+                f"`{key}: {name}` holds no tokenizer.",
+                f"One of these files has to be there: {', '.join(TOKENIZER_FILES[:4])}.",
+                place,
+            )
+        )
     options: dict[str, Any] = {"use_fast": model.tokenizer_use_fast is not False}
     if model.trust_remote_code:
         options["trust_remote_code"] = True
@@ -116,14 +124,22 @@ def _read(
     return tokenizer
 
 
-def _read_as(class_name: str, source: str, options: dict[str, Any], place: Place | None) -> PreTrainedTokenizerBase:
+def _read_as(
+    class_name: str, source: str, options: dict[str, Any], place: Place | None
+) -> PreTrainedTokenizerBase:
     """The tokenizer through the class the user wrote, unless that class reads the vocabulary wrongly."""
     cls = getattr(transformers, class_name, None)
     if cls is None or not hasattr(cls, "from_pretrained"):
         if options.get("trust_remote_code"):
             return AutoTokenizer.from_pretrained(source, **options)
-        raise ModelError(_said("tokenizer_type", f"`tokenizer_type: {class_name}` is no class of transformers.",
-                               "Leave `tokenizer_type` out, or write `AutoTokenizer`.", place))
+        raise ModelError(
+            _said(
+                "tokenizer_type",
+                f"`tokenizer_type: {class_name}` is no class of transformers.",
+                "Leave `tokenizer_type` out, or write `AutoTokenizer`.",
+                place,
+            )
+        )
     plain = {k: v for k, v in options.items() if k != "use_fast"}
     file = Path(source) / "tokenizer.json"
     try:
@@ -149,7 +165,9 @@ def _said(key: str, message: str, remedy: str, place: Place | None) -> Problem:
     return Problem(message, remedy, "model", (key,), (place,) if place else ())
 
 
-def explain_load_failure(error: Exception, key: str, name: str, what: str, place: Place | None = None) -> Problem:
+def explain_load_failure(
+    error: Exception, key: str, name: str, what: str, place: Place | None = None
+) -> Problem:
     """Why `from_pretrained` failed for `name`, as a Problem: missing folder, no network, no access, unreadable."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
@@ -161,27 +179,59 @@ def explain_load_failure(error: Exception, key: str, name: str, what: str, place
     said = f"`{key}: {name}`"
     if local_folder(name) is None:
         if "GatedRepoError" in kinds or "gated repo" in text:
-            return _said(key, f"{said} is a gated model that this account may not read.",
-                         "Ask for access on its Hub page, then `hf auth login` (or set HF_TOKEN).", place)
+            return _said(
+                key,
+                f"{said} is a gated model that this account may not read.",
+                "Ask for access on its Hub page, then `hf auth login` (or set HF_TOKEN).",
+                place,
+            )
         if "RepositoryNotFoundError" in kinds or "is not a valid model identifier" in text or "404" in text:
-            return _said(key, f"{said} is neither a folder here nor a model on the Hub.",
-                         "Check the spelling; a private model needs `hf auth login` (or HF_TOKEN).", place)
+            return _said(
+                key,
+                f"{said} is neither a folder here nor a model on the Hub.",
+                "Check the spelling; a private model needs `hf auth login` (or HF_TOKEN).",
+                place,
+            )
         if "RevisionNotFoundError" in kinds:
             return _said(key, f"{said} has no such revision.", "Check `revision_of_model`.", place)
-        offline = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "ProxyError",
-                   "ConnectTimeout", "ReadTimeout", "LocalEntryNotFound"}
+        offline = {
+            "LocalEntryNotFoundError",
+            "OfflineModeIsEnabled",
+            "ConnectionError",
+            "ConnectError",
+            "ProxyError",
+            "ConnectTimeout",
+            "ReadTimeout",
+            "LocalEntryNotFound",
+        }
         if kinds & offline or "connect to" in text or "couldn't connect" in text or "offline" in text.lower():
-            return _said(key, f"{said} is not a folder here, not in the local cache, and the Hub cannot be reached.",
-                         "Check the path, or connect to the network (HF_HUB_OFFLINE forbids it where set).", place)
+            return _said(
+                key,
+                f"{said} is not a folder here, not in the local cache, and the Hub cannot be reached.",
+                "Check the path, or connect to the network (HF_HUB_OFFLINE forbids it where set).",
+                place,
+            )
     if isinstance(error, ImportError):
-        return _said(key, f"The {what} of {said} needs a package: {str(error).strip().splitlines()[0]}",
-                     "Install that package.", place)
+        return _said(
+            key,
+            f"The {what} of {said} needs a package: {str(error).strip().splitlines()[0]}",
+            "Install that package.",
+            place,
+        )
     if "trust_remote_code" in text:
-        return _said(key, f"{said} brings its own code.",
-                     "Set `trust_remote_code: true` after reading it, if you trust where it comes from.", place)
+        return _said(
+            key,
+            f"{said} brings its own code.",
+            "Set `trust_remote_code: true` after reading it, if you trust where it comes from.",
+            place,
+        )
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return _said(key, f"The {what} of {said} cannot be read: {first.strip()[:300]}",
-                 "Copy or download the model again, or check that transformers knows it.", place)
+    return _said(
+        key,
+        f"The {what} of {said} cannot be read: {first.strip()[:300]}",
+        "Copy or download the model again, or check that transformers knows it.",
+        place,
+    )
 
 
 def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, wanted: dict[str, Any]) -> None:
@@ -197,7 +247,7 @@ def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, wanted: dict[str, An
     if extra:
         tokenizer.add_tokens([_special(t) for t in extra if t not in vocabulary], special_tokens=True)
         _mark_special(tokenizer, list(extra))
-    swaps = {
+    swaps: dict[str, Any] = {
         before[k]: (wanted[k], tokenizer.convert_tokens_to_ids(wanted[k]))
         for k in before
         if k in wanted and before[k] is not None and before[k] != wanted[k]
@@ -212,10 +262,16 @@ def _special(text: str) -> AddedToken:
 
 def _mark_special(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
     """Adds to the list of additional special tokens and keeps those that are in it."""
-    attribute = "extra_special_tokens" if hasattr(tokenizer, "extra_special_tokens") else "additional_special_tokens"
+    attribute = (
+        "extra_special_tokens" if hasattr(tokenizer, "extra_special_tokens") else "additional_special_tokens"
+    )
     present = [str(t) for t in getattr(tokenizer, attribute, None) or []]
     merged = list(dict.fromkeys([*present, *texts]))
-    key = "additional_special_tokens" if "additional_special_tokens" in tokenizer.SPECIAL_TOKENS_ATTRIBUTES else attribute
+    key = (
+        "additional_special_tokens"
+        if "additional_special_tokens" in tokenizer.SPECIAL_TOKENS_ATTRIBUTES
+        else attribute
+    )
     tokenizer.add_special_tokens({key: [_special(t) for t in merged]})
 
 
@@ -259,13 +315,17 @@ def _guarantee_pad(tokenizer: PreTrainedTokenizerBase) -> None:
     vocabulary = tokenizer.get_vocab()
     taken = {tokenizer.eos_token, tokenizer.bos_token}
     free = [t for t in _PAD_LIKE if t in vocabulary and t not in taken]
-    free += sorted((t for t in vocabulary if _RESERVED.fullmatch(t) and t not in taken), key=vocabulary.__getitem__)[:1]
+    free += sorted(
+        (t for t in vocabulary if _RESERVED.fullmatch(t) and t not in taken), key=vocabulary.__getitem__
+    )[:1]
     if free:
         tokenizer.pad_token = free[0]
         note(f"The tokenizer names no pad token: `{free[0]}` (id {vocabulary[free[0]]}) is used.")
     elif tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
-        warn(f"The tokenizer has no pad token and none to spare: its EOS `{tokenizer.eos_token}` is used for padding.")
+        warn(
+            f"The tokenizer has no pad token and none to spare: its EOS `{tokenizer.eos_token}` is used for padding."
+        )
     else:
         raise ModelError(
             "The tokenizer has neither a pad token nor an EOS token.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from axolotl import console
 from axolotl.config import Config, unbuilt
@@ -36,7 +37,7 @@ def train(cfg: Config) -> TrainResult:
     prepared = prepare_data(cfg, tokenizer)
     seed = 42 if cfg.train.seed is None else cfg.train.seed
     seed_everything(seed)
-    model = load_model(
+    model: Any = load_model(
         cfg.model,
         cfg.adapter,
         tokenizer,
@@ -65,9 +66,9 @@ def train(cfg: Config) -> TrainResult:
     return result
 
 
-def _carry_template(cfg: Config, tokenizer: object) -> None:
+def _carry_template(cfg: Config, tokenizer: Any) -> None:
     """Writes the chat template of the training data onto the tokenizer, so that it is saved with the weights."""
     for entry in cfg.data.datasets:
         if isinstance(entry.type, str) and entry.type.startswith("chat_template"):
-            tokenizer.chat_template = choose_template(tokenizer, cfg.data, entry).text  # type: ignore[attr-defined]
+            tokenizer.chat_template = choose_template(tokenizer, cfg.data, entry).text
             return

@@ -118,6 +118,7 @@ def build_trainer(
         processing_class=tokenizer,
         parts=parts,
     )
+    signals.trainer = trainer
     _probe(trainer, model, attention, parts, cfg)
     for callback in (
         EpochOrder(trainer),

@@ -174,6 +174,8 @@ class Signals(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.trainer: TrainerMixin | None = None
+        """Set where several ranks have to end at the same step."""
 
     def __call__(self) -> bool:
         return self.received is not None
@@ -184,6 +186,13 @@ class Signals(TrainerCallback):
         self.received = signal.Signals(number)
         # Written directly: a handler may run inside a print of the main program.
         os.write(2, f"\n{self.received.name}: finishing this step, then saving a checkpoint.\n".encode())
+
+    def _ends(self, args: Args) -> bool:
+        if args.world_size > 1 and self.trainer is not None:
+            if self.trainer.asked_to_end and self.received is None:
+                self.received = signal.SIGTERM  # another rank got it
+            return self.trainer.asked_to_end
+        return self.received is not None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -199,12 +208,12 @@ class Signals(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
-        if self.received is not None:
+        if self._ends(args):
             control.should_evaluate = False
             control.should_save = True
             control.should_training_stop = True
 
     def on_evaluate(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
-        if self.received is not None:
+        if args.world_size <= 1 and self.received is not None:
             control.should_save = True
             control.should_training_stop = True

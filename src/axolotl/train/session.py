@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from axolotl.config import Config
 from axolotl.console import note, success
-from axolotl.distributed.world import world
+from axolotl.distributed.world import keep_freed_memory, world
 from axolotl.errors import CheckpointError, EnvironmentProblem
 from axolotl.model.load import ready_to_serve
 from axolotl.train.build import build_trainer, config_digest
@@ -111,6 +111,8 @@ def train(trainer: Trainer, cfg: Config, resume: Path | None = None) -> TrainRes
     # What the imports have left in memory stays; looking through it again costs the loop half a second.
     gc.freeze()
     disable_progress_bar()
+    if trainer.args.device.type == "cpu":
+        keep_freed_memory()
     try:
         with signals.listening():
             try:

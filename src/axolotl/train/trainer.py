@@ -114,6 +114,8 @@ class TrainerMixin(_Base):
         self.clock = Clock()
         self.trained_tokens = 0
         self.order: EpochBatches | None = None
+        self.asked_to_end = False
+        """Some rank got a signal before this step; all ranks know it."""
         self._aside: Path | None = None
         self._to_push: str | None = None
         self._failed_losses: torch.Tensor | None = None
@@ -144,7 +146,9 @@ class TrainerMixin(_Base):
         """The batches of one step, and how many tokens they train on all ranks together."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
         counts = [batch.pop("token_counts") for batch in batches]
-        tokens, targets = self._over_ranks(sum(c[0] for c in counts), sum(c[1] for c in counts))
+        wish = int(self.parts.interrupted())
+        tokens, targets, wishes = self._over_ranks(sum(c[0] for c in counts), sum(c[1] for c in counts), wish)
+        self.asked_to_end = wishes > 0
         self.state.num_input_tokens_seen += tokens
         self.trained_tokens += targets
         return batches, torch.tensor(max(targets, 1)).to(self.args.device, non_blocking=True)
@@ -229,7 +233,7 @@ class TrainerMixin(_Base):
         )
         targets = 0
         for batch in dataloader:
-            if self.parts.interrupted():
+            if self.args.world_size <= 1 and self.parts.interrupted():
                 raise Interrupted("The run was asked to end.")
             targets += batch.pop("token_counts")[1]
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -306,12 +310,15 @@ class TrainerMixin(_Base):
             aside = staging(self.parts.output_dir, self.state.global_step)
             if self.args.should_save:
                 shutil.rmtree(aside, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
             try:
                 self._aside = aside
                 try:
                     super()._save_checkpoint(*args, **kwargs)
                 finally:
                     self._aside = None
+                # Every rank writes its random state: the folder is whole when all have.
+                self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     self._publish(aside)
             except (OSError, SafetensorError, RuntimeError) as error:

@@ -27,8 +27,11 @@ def model_card(base: str, adapter: Path, config: PeftConfig, dtype: str, checks:
     lines += [f"base_model: {base}"] if public else []
     name = base if public else Path(base).name
     lines += ["---", "", f"# {Path(adapter).resolve().parent.name or 'model'}: {name}, fine-tuned", ""]
-    lines += [f"Base model `{name}` with a trained {kind} adapter merged into its weights ({dtype}), "
-              f"by axolotl {__version__}.", ""]
+    lines += [
+        f"Base model `{name}` with a trained {kind} adapter merged into its weights ({dtype}), "
+        f"by axolotl {__version__}.",
+        "",
+    ]
     lines += [f"- {key}: {value}" for key, value in settings.items() if value is not None]
     if checks:
         lines += ["", "Compared with base and adapter after merging:", "", *(f"- {c}" for c in checks)]

@@ -17,12 +17,15 @@ def refuse_destination(destination: Path, *sources: Path) -> None:
     target = destination.resolve()
     for source in sources:
         if source.exists() and (target == source.resolve() or target in source.resolve().parents):
-            raise ModelError(f"`{destination}` is where `{source}` is read from.", "Choose another output folder.")
+            raise ModelError(
+                f"`{destination}` is where `{source}` is read from.", "Choose another output folder."
+            )
     if destination.is_file():
         raise ModelError(f"`{destination}` is a file.", "Choose another output folder.")
     if destination.is_dir() and any(destination.iterdir()) and not (destination / "config.json").is_file():
         raise ModelError(
-            f"`{destination}` holds other files and no model; it is not overwritten.", "Choose another output folder."
+            f"`{destination}` holds other files and no model; it is not overwritten.",
+            "Choose another output folder.",
         )
 
 

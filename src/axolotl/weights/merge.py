@@ -24,7 +24,7 @@ from axolotl.model.adapter import load_adapter
 from axolotl.model.adapter_files import adapter_config, adapter_tensors, is_untrained
 from axolotl.model.embeddings import resize_embeddings, wanted_rows
 from axolotl.model.files import check_base_model, local_folder, read_weight_files
-from axolotl.model.load import align_special_tokens, load_model_config
+from axolotl.model.load import align_special_tokens, bars_only_at_a_terminal, load_model_config
 from axolotl.model.quantize import scheme_of
 from axolotl.model.tokenizer import explain_load_failure, load_tokenizer
 from axolotl.weights.card import model_card
@@ -104,14 +104,19 @@ def merge(
     differs from base and adapter beyond tolerance (it is kept aside); EnvironmentProblem for a disk that is too small.
     """
     started = time.perf_counter()
+    bars_only_at_a_terminal()
     job = _prepare(model, adapter, adapter_dir, tokenizer, base)
     refuse_destination(destination, job.folder, adapter_dir)
     if is_untrained(adapter_dir):
         warn(f"The adapter `{adapter_dir}` was never trained: merging it changes nothing.")
     need = _bytes_of(job.folder)
     need_space(destination, int(need * 1.02) + 2**25, "The merged model")
-    note(f"Merging `{adapter_dir}` into `{model.base_model}`: {gigabytes(need)} will be written to `{destination}`.")
-    reason = "`merge_method: legacy`" if adapter.merge_method == "legacy" else why_not_layerwise(job.peft_config)
+    note(
+        f"Merging `{adapter_dir}` into `{model.base_model}`: {gigabytes(need)} will be written to `{destination}`."
+    )
+    reason = (
+        "`merge_method: legacy`" if adapter.merge_method == "legacy" else why_not_layerwise(job.peft_config)
+    )
     if reason is None and not list(job.folder.glob("*.safetensors")):
         reason = "the base model has no safetensors files"
     with written_whole(destination) as part:
@@ -126,8 +131,10 @@ def merge(
         report = MergeReport(destination, "layer by layer", base, "", 0, 0, 0)
         if written is None:
             if base == "quantized":
-                raise ModelError(f"The adapter cannot be merged into quantised weights: {reason}.",
-                                 "Merge it into the full-precision base.")
+                raise ModelError(
+                    f"The adapter cannot be merged into quantised weights: {reason}.",
+                    "Merge it into the full-precision base.",
+                )
             note(f"The whole model is merged in memory: {reason}.")
             written, report.method = _in_memory(job, part), "in memory"
         _save_beside(job, part, written, stop_tokens)
@@ -135,13 +142,21 @@ def merge(
         report.dtype = written.dtype
         if verify != "off":
             way = "logits" if report.method == "in memory" else verify
-            models = Models(job.folder, job.config, adapter_dir, part, job.rows, bool(model.trust_remote_code))
+            models = Models(
+                job.folder, job.config, adapter_dir, part, job.rows, bool(model.trust_remote_code)
+            )
             rounding = rounding_of_training(model, adapter)
             report.checks = verify_merge(
-                models, written, sample_rows or default_rows(job.tokenizer), way, base == "quantized", rounding
+                models,
+                written,
+                sample_rows or default_rows(job.tokenizer),
+                way,
+                base == "quantized",
+                rounding,
             )
         (part / "README.md").write_text(
-            model_card(model.base_model, adapter_dir, job.peft_config, written.dtype, report.checks), encoding="utf-8"
+            model_card(model.base_model, adapter_dir, job.peft_config, written.dtype, report.checks),
+            encoding="utf-8",
         )
         _refuse_difference(report, part)
     report.seconds = time.perf_counter() - started
@@ -191,7 +206,8 @@ def _prepare(
             Problem(
                 f"`base_model: {model.base_model}` holds {scheme} weights, into which nothing can be merged.",
                 "Name the full-precision model that they were made from: --base-model ...",
-                "model", ("base_model",),
+                "model",
+                ("base_model",),
             )
         )
     tokenizer = tokenizer or load_tokenizer(model, adapter_dir)

@@ -43,7 +43,9 @@ def round_trip(model: ModelSection, adapter: AdapterSection) -> Callable[[torch.
     return rounded
 
 
-def rounding_of_training(model: ModelSection, adapter: AdapterSection) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def rounding_of_training(
+    model: ModelSection, adapter: AdapterSection
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """What loading the base as in training does to its weights: None for full precision, or where it cannot be told."""
     if wants_quantized_load(model, adapter) != 4 or importlib.util.find_spec("bitsandbytes") is None:
         return None

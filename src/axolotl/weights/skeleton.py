@@ -8,6 +8,7 @@ can merge layer by layer is therefore merged exactly as PEFT does it, with memor
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,13 +31,16 @@ from axolotl.model.embeddings import mean_row
 from axolotl.model.files import ADAPTER_WEIGHTS
 
 # Kinds whose layers merge on their own; the others go through PEFT with the whole model in memory.
-_LAYERWISE = frozenset({"LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "HRA", "VERA", "TRAINABLE_TOKENS", "BOFT"})
+_LAYERWISE = frozenset(
+    {"LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "HRA", "VERA", "TRAINABLE_TOKENS", "BOFT"}
+)
 # Starts of LoRA that also change the base weights, which loading has to repeat.
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")
 NAME = "default"
 # Numbers of a block in float32 that stay in a core's cache.
 _BLOCK = 2**18
-
+# Of so many blocks of a layer, one is compared with base and adapter.
+_CHECKED_BLOCKS = 8
 
 
 ReadTensor = Callable[[str], torch.Tensor | None]
@@ -52,7 +56,7 @@ def _placeholder(shape: torch.Size) -> nn.Parameter:
     return parameter
 
 
-def is_placeholder(parameter: nn.Parameter) -> bool:
+def is_placeholder(parameter: Any) -> bool:
     return getattr(parameter, "is_placeholder", False)
 
 
@@ -85,16 +89,20 @@ class LowRank:
         """`add(first_row, block)` changes the block; it returns (difference from base and adapter, largest output)."""
         x_NI = torch.randn(4, self.a_RI.shape[1], generator=torch.Generator().manual_seed(0))
         low_NR = x_NI @ self.a_RI.T
+        scratch = threading.local()
 
         @torch.inference_mode()
         def add(row: int, block: torch.Tensor) -> tuple[float, float]:
-            base, b = block.float(), self.b_OR[row : row + block.shape[0]]
-            merged = torch.addmm(base, b, self.a_RI)
-            block.copy_(merged)
-            if not check:
+            b = self.b_OR[row : row + block.shape[0]]
+            if not hasattr(scratch, "full"):
+                scratch.full = torch.empty(self.rows, self.a_RI.shape[1])
+            full = scratch.full[: block.shape[0]].copy_(block)
+            checked = check and row // self.rows % _CHECKED_BLOCKS == 0
+            before = torch.addmm(low_NR @ b.T, x_NI, full.T) if checked else None
+            block.copy_(full.addmm_(b, self.a_RI))
+            if before is None:
                 return 0.0, 0.0
-            before = torch.addmm(low_NR @ b.T, x_NI, base.T)
-            after = x_NI @ merged.copy_(block).T
+            after = x_NI @ full.copy_(block).T
             return float((after - before).abs().max()), float(before.abs().max())
 
         return add
@@ -160,8 +168,10 @@ class Skeleton:
                 torch_device="cpu",
             )
         if any("missing adapter keys" in str(w.message) for w in said):
-            raise ModelError(f"`{folder / ADAPTER_WEIGHTS}` lacks some of the adapter's weights.",
-                             "The adapter was not saved to its end: use an earlier checkpoint.")
+            raise ModelError(
+                f"`{folder / ADAPTER_WEIGHTS}` lacks some of the adapter's weights.",
+                "The adapter was not saved to its end: use an earlier checkpoint.",
+            )
         self._refuse_not_finite(folder)
 
     def _empty_weights(self) -> None:
@@ -191,14 +201,21 @@ class Skeleton:
             yield change
         for name, parameter in self.model.named_parameters():
             plain = name.replace(".base_layer", "")
-            if plain in self.shapes and plain not in done and not is_placeholder(parameter) and not parameter.is_meta:
+            if (
+                plain in self.shapes
+                and plain not in done
+                and not is_placeholder(parameter)
+                and not parameter.is_meta
+            ):
                 # the adapter's file holds it whole, as it does the embeddings of a larger vocabulary
                 yield given({plain: parameter.data})
 
     def _changed_modules(self) -> Iterator[Change]:
         inside: list[str] = []
         for name, module in self.model.named_modules():
-            if any(name.startswith(f"{parent}.") for parent in inside) and not isinstance(module, ParamWrapper):
+            if any(name.startswith(f"{parent}.") for parent in inside) and not isinstance(
+                module, ParamWrapper
+            ):
                 continue
             if isinstance(module, ModulesToSaveWrapper):
                 inside.append(name)
@@ -219,7 +236,9 @@ class Skeleton:
 
     def _merge(self, path: str, layer: Any, names: tuple[str, ...], tied: bool = False) -> Change:
         full = tuple(f"{path}.{n}" for n in names)
-        checkable = isinstance(layer.get_base_layer(), (nn.Linear, nn.Embedding)) and not isinstance(layer, ParamWrapper)
+        checkable = isinstance(layer.get_base_layer(), (nn.Linear, nn.Embedding)) and not isinstance(
+            layer, ParamWrapper
+        )
 
         def compute(read: ReadTensor, dtypes: Mapping[str, torch.dtype], check: bool) -> Computed:
             base = layer.get_base_layer()
@@ -270,10 +289,12 @@ def _replacement(name: str, module: ModulesToSaveWrapper) -> Change:
 
 def given(values: Mapping[str, torch.Tensor]) -> Change:
     """A change to tensors that are there already."""
-    return Change(tuple(values), lambda _, dtypes, __: ({n: v.to(dtypes[n]) for n, v in values.items()}, None))
+    return Change(
+        tuple(values), lambda _, dtypes, __: ({n: v.to(dtypes[n]) for n, v in values.items()}, None)
+    )
 
 
-def _inputs_for(base: nn.Module) -> torch.Tensor:
+def _inputs_for(base: Any) -> torch.Tensor:
     """Reproducible inputs for a linear layer or an embedding."""
     generator = torch.Generator().manual_seed(0)
     if isinstance(base, nn.Embedding):

@@ -35,7 +35,9 @@ class Written:
 class Source:
     """The base model's files under the names that the model in memory has."""
 
-    def __init__(self, files: WeightFiles, skeleton: Skeleton, rows: int, transform: Transform | None) -> None:
+    def __init__(
+        self, files: WeightFiles, skeleton: Skeleton, rows: int, transform: Transform | None
+    ) -> None:
         self.files, self.skeleton, self.rows, self.transform = files, skeleton, rows, transform
         prefix = f"{skeleton.model.base_model_prefix}."
         self.key_of: dict[str, str] = {}
@@ -102,7 +104,9 @@ def write_merged(
     source = Source(files, skeleton, rows, transform)
     changes = {name: change for change in skeleton.changes() for name in change.names}
     if not changes:
-        raise ModelError("The adapter changes no tensor of the base model.", "Check that they belong together.")
+        raise ModelError(
+            "The adapter changes no tensor of the base model.", "Check that they belong together."
+        )
     by_adapter = len(changes)
     tied = _settle_tied_head(skeleton, source, changes)
     for name in source.key_of:
@@ -120,19 +124,24 @@ def _settle_tied_head(skeleton: Skeleton, source: Source, changes: dict[str, Cha
     if not skeleton.tied or head is None:
         return False
     both = first in changes and head in changes
-    if head in changes and (changes[head].tied_to_input or (both and _same(changes[first], changes[head], source))):
+    if head in changes and (
+        changes[head].tied_to_input or (both and _same(changes[first], changes[head], source))
+    ):
         del changes[head]
     elif first in changes or head in changes:
-        note("Input and output embedding were one tensor; the adapter changed them differently, so both are written.")
+        note(
+            "Input and output embedding were one tensor; the adapter changed them differently, so both are written."
+        )
         for name in (first, head):
             changes.setdefault(name, source.unchanged(name))
         return False
     if head in source.key_of and first in changes:
         shared = changes[first]
 
-
         def like_input(read: ReadTensor, dtypes: Mapping[str, torch.dtype], _: bool) -> Computed:
-            return {head: shared.compute(read, dict.fromkeys(shared.names, dtypes[head]), False)[0][first]}, None
+            return {
+                head: shared.compute(read, dict.fromkeys(shared.names, dtypes[head]), False)[0][first]
+            }, None
 
         changes[head] = Change((head,), like_input)
     return True

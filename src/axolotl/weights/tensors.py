@@ -10,12 +10,13 @@ import json
 import math
 import os
 import struct
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -45,7 +46,9 @@ def read_tensor(path: Path, name: str, entry: TensorEntry) -> torch.Tensor:
     """One tensor of a file, in memory of its own. Raises ModelError for a number type that torch has not."""
     dtype = DTYPES.get(entry.dtype)
     if dtype is None:
-        raise ModelError(f"`{path}`: tensor `{name}` has the number type {entry.dtype}, which cannot be computed with.")
+        raise ModelError(
+            f"`{path}`: tensor `{name}` has the number type {entry.dtype}, which cannot be computed with."
+        )
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=dtype)
     tensor = torch.empty(entry.shape, dtype=dtype)
@@ -77,7 +80,11 @@ class ShardWriter:
         places: dict[str, int] = {}
         for name, spec in self._specs.items():
             places[name] = at
-            table[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]}
+            table[name] = {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "data_offsets": [at, at + spec.nbytes],
+            }
             at += spec.nbytes
         text = json.dumps(table, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
@@ -92,7 +99,9 @@ class ShardWriter:
         os.truncate(self._file, self._size)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         os.close(self._file)
         if kind is None and self._waiting:
             raise RuntimeError(f"{self.path} was closed before all its tensors were written")
@@ -117,7 +126,9 @@ class ShardWriter:
             while start < entry.end:
                 count = _copy_range(file.fileno(), self._file, entry.end - start, start, at)
                 if not count:
-                    raise ModelError(f"`{source}` ends before its last tensor.", "Copy or download the file again.")
+                    raise ModelError(
+                        f"`{source}` ends before its last tensor.", "Copy or download the file again."
+                    )
                 start, at = start + count, at + count
 
     def rewrite(
@@ -129,17 +140,21 @@ class ShardWriter:
         """
         at = self._place(name, entry.dtype, entry.shape)
         dtype, width = DTYPES[entry.dtype], entry.nbytes // entry.shape[0]
-        threads = torch.get_num_threads()
+        threads, scratch = torch.get_num_threads(), threading.local()
 
         def work(row: int) -> T:
-            block = torch.empty((min(rows, entry.shape[0] - row), *entry.shape[1:]), dtype=dtype)
+            if not hasattr(scratch, "rows"):
+                scratch.rows = torch.empty((rows, *entry.shape[1:]), dtype=dtype)
+            block = scratch.rows[: min(rows, entry.shape[0] - row)]
             _read_at(file.fileno(), source, _bytes_of(block), entry.start + row * width)
             result = change(row, block)
             _write_at(self._file, _bytes_of(block), at + row * width)
             return result
 
         with source.open("rb", buffering=0) as file:
-            torch.set_num_threads(1)  # whole blocks side by side, instead of many threads in each small product
+            torch.set_num_threads(
+                1
+            )  # whole blocks side by side, instead of many threads in each small product
             try:
                 with ThreadPoolExecutor(threads) as pool:
                     return list(pool.map(work, range(0, entry.shape[0], rows)))
@@ -148,7 +163,8 @@ class ShardWriter:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    data: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(data)
 
 
 def _write_at(file: int, data: memoryview, at: int) -> None:

@@ -187,7 +187,11 @@ def logits_of(build: Callable[[], Any], rows: Sequence[Sequence[int]]) -> list[t
 
 
 def compare(
-    pair: str, reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor], dtype: str, binding: bool = True
+    pair: str,
+    reference: Sequence[torch.Tensor],
+    other: Sequence[torch.Tensor],
+    dtype: str,
+    binding: bool = True,
 ) -> Verification:
     """Compares logits row by row. `dtype` is that of the merged weights ("float32", "bfloat16", ...)."""
     difference, kl, same, count = 0.0, 0.0, 0, 0
