@@ -142,7 +142,6 @@ def run_axolotl(config: Path, warm: int) -> dict[str, Any]:
         "last_loss": steps[-1]["loss"],
         "first_grad_norm": steps[0]["grad_norm"],
         "first_step_after_seconds": round(steps[0]["time"] - started, 1),
-        "log": done.stderr[-1500:],
     }
 
 
@@ -225,8 +224,7 @@ def main() -> None:
             measured[who] = run(config, args.warm)
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(result, indent=1) + "\n")
-            shown = {k: v for k, v in measured[who].items() if k != "log"}
-            print(name, who, json.dumps(shown), flush=True)
+            print(name, who, json.dumps(measured[who]), flush=True)
     sys.exit(any("error" in m for row in result["rows"].values() for m in row.values()))
 
 
