@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from axolotl.config.data import DatasetEntry, DataSection
+from axolotl.config.data import DataSection, DatasetEntry
+from axolotl.data.encode import Encoder
 from axolotl.data.render import Renderer, build_renderer
 from axolotl.data.templates import template_names
-from axolotl.data.types import Completion, Conversation, DetailSpan, Marked, Message, Piece, Pieces, Rendered, RowProblem, Tokenized
+from axolotl.data.types import (
+    Completion,
+    Conversation,
+    DetailSpan,
+    Marked,
+    Message,
+    Piece,
+    Pieces,
+    Rendered,
+    RowProblem,
+    Tokenized,
+)
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 QWEN_STYLE = "tiny-chatml"
@@ -63,7 +76,16 @@ def straddles(name: str, stretch: str, wanted: str) -> bool:
 CONTENT = st.one_of(
     st.text(max_size=30),
     st.sampled_from(
-        ["<|im_end|>", "a <|im_start|>user\nhi<|im_end|> b", "<|eot_id|>", "<think>x</think>", "[[dummy_message]]", " ", "\n\n", "assistant"]
+        [
+            "<|im_end|>",
+            "a <|im_start|>user\nhi<|im_end|> b",
+            "<|eot_id|>",
+            "<think>x</think>",
+            "[[dummy_message]]",
+            " ",
+            "\n\n",
+            "assistant",
+        ]
     ),
 )
 
@@ -115,7 +137,9 @@ def test_control_tokens_in_messages_are_text(turns: list[tuple[str, str]]) -> No
 
 
 def test_added_tokens_that_are_not_special_are_parsed_in_messages() -> None:
-    row = one(renderer(), Conversation([Message("user", "q"), Message("assistant", "<think>why</think><|im_end|>")]))
+    row = one(
+        renderer(), Conversation([Message("user", "q"), Message("assistant", "<think>why</think><|im_end|>")])
+    )
     ids = tokenizer(QWEN_STYLE).convert_tokens_to_ids
     assert ids("<think>") in row.input_ids and ids("</think>") in row.labels
     assert row.input_ids.count(ids("<|im_end|>")) == 3  # system, user, assistant: the quoted one is text
@@ -133,7 +157,9 @@ def test_added_tokens_that_are_not_special_are_parsed_in_messages() -> None:
 )
 def test_roles_and_stop_options(option: dict[str, Any], expected: list[list[str]]) -> None:
     r = renderer(entry={"chat_template": "chatml", **option})
-    value = Conversation([Message("user", "q1"), Message("assistant", "a1"), Message("user", "q2"), Message("assistant", "a2")])
+    value = Conversation(
+        [Message("user", "q1"), Message("assistant", "a1"), Message("user", "q2"), Message("assistant", "a2")]
+    )
     assert trained_stretches(QWEN_STYLE, one(r, value)) == [e[0] for e in expected]
 
 
@@ -152,7 +178,7 @@ def test_train_detail_trains_no_character_outside_its_ranges(text: str, data: st
     row = one(r, Conversation([Message("user", "q"), message]))
     encoded = r.chat.encoder.encode([tokenizer(QWEN_STYLE).decode(row.input_ids)])[0]
     start = len("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n")
-    for (a, b), label in zip(encoded.offsets, row.labels, strict=True):
+    for (a, b), label in zip(zip(encoded.starts, encoded.ends, strict=True), row.labels, strict=True):
         inside = start + begin <= a and b <= start + end + 1
         stop = a == start + len(text)
         assert (label != -100) == (inside or stop) or a == b
@@ -160,24 +186,39 @@ def test_train_detail_trains_no_character_outside_its_ranges(text: str, data: st
 
 def test_reasoning_is_trained_but_not_what_opens_it() -> None:
     r = renderer(entry={"chat_template": "qwen3"})
-    value = Conversation([Message("user", "2+2?"), Message("assistant", "Four", {"reasoning_content": "two and two"})])
+    value = Conversation(
+        [Message("user", "2+2?"), Message("assistant", "Four", {"reasoning_content": "two and two"})]
+    )
     assert trained_stretches(QWEN_STYLE, one(r, value)) == ["two and two\n</think>\n\nFour<|im_end|>"]
 
 
 def test_tool_calls_are_trained_from_their_opening_tag() -> None:
     call = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}
-    value = Conversation([Message("user", "?"), Message("assistant", "", {"tool_calls": [call]}), Message("tool", "4"), Message("assistant", "4")])
+    value = Conversation(
+        [
+            Message("user", "?"),
+            Message("assistant", "", {"tool_calls": [call]}),
+            Message("tool", "4"),
+            Message("assistant", "4"),
+        ]
+    )
     wanted = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
     assert trained_stretches(QWEN_STYLE, one(renderer(), value)) == [wanted, "4<|im_end|>"]
 
 
 def test_an_empty_answer_trains_its_stop_token() -> None:
-    row = one(renderer(entry={"chat_template": "chatml"}), Conversation([Message("user", "q"), Message("assistant", "")]))
+    row = one(
+        renderer(entry={"chat_template": "chatml"}),
+        Conversation([Message("user", "q"), Message("assistant", "")]),
+    )
     assert trained_stretches(QWEN_STYLE, row) == ["<|im_end|>"]
 
 
 def test_a_template_that_ends_no_turn_is_an_error_unless_none_is_written() -> None:
-    talker = {"chat_template": "jinja", "chat_template_jinja": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"}
+    talker = {
+        "chat_template": "jinja",
+        "chat_template_jinja": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
+    }
     assert [p.fatal for p in renderer(entry=talker).problems()] == [True]
     assert not any(p.fatal for p in renderer(entry={**talker, "train_on_eos": "none"}).problems())
 
@@ -196,7 +237,12 @@ def test_eot_token_that_is_several_tokens_is_an_error() -> None:
 
 
 def test_a_refusing_template_is_a_problem_of_the_row() -> None:
-    r = renderer(entry={"chat_template": "jinja", "chat_template_jinja": "{{ raise_exception('roles must alternate') }}"})
+    r = renderer(
+        entry={
+            "chat_template": "jinja",
+            "chat_template_jinja": "{{ raise_exception('roles must alternate') }}",
+        }
+    )
     result = r.render_batch([Conversation([Message("user", "q")])])[0]
     assert isinstance(result, RowProblem) and "roles must alternate" in result.detail
 
@@ -209,7 +255,9 @@ def test_pieces_are_tokenised_one_by_one_with_bos_and_eos() -> None:
     answer = [*tok("Answer", add_special_tokens=False).input_ids, tok.eos_token_id]
     assert row.input_ids == question + answer
     assert row.labels == [-100] * len(question) + answer
-    assert one(r, Pieces([Piece("Q", False, bos=True), Piece("", True, eos=1)])).labels == [-100] * len(tok("Q").input_ids)
+    assert one(r, Pieces([Piece("Q", False, bos=True), Piece("", True, eos=1)])).labels == [-100] * len(
+        tok("Q").input_ids
+    )
 
 
 def test_a_text_that_already_ends_in_eos_gets_no_second_one() -> None:
@@ -224,14 +272,17 @@ def test_a_completion_is_cut_without_losing_a_token(text: str) -> None:
     rows = renderer("tiny-llama3", {"type": "completion"}).render_batch([Completion(text)])[0]
     assert isinstance(rows, list)
     tok = tokenizer("tiny-llama3")
-    assert sum((r.input_ids for r in rows), []) == [*tok(text).input_ids, tok.eos_token_id]
+    assert list(itertools.chain.from_iterable(r.input_ids for r in rows)) == [
+        *tok(text).input_ids,
+        tok.eos_token_id,
+    ]
     assert all(len(r.input_ids) == 64 for r in rows[:-1]) and all(r.labels == r.input_ids for r in rows)
 
 
 def test_marked_text_trains_its_spans_and_eos() -> None:
     tok = tokenizer("tiny-llama3")
     row = one(renderer("tiny-llama3", {"type": "reflection"}), Marked("ask\n\nanswer", [(5, 11)]))
-    assert tok.decode([t for t, l in zip(row.input_ids, row.labels, strict=True) if l != -100]) == "answer" + tok.eos_token
+    assert tok.decode([token for token in row.labels if token != -100]) == "answer" + tok.eos_token
 
 
 def test_tokens_pass_through_and_lengths_must_agree() -> None:
@@ -242,7 +293,10 @@ def test_tokens_pass_through_and_lengths_must_agree() -> None:
 
 @pytest.mark.parametrize("template", [t for t in template_names() if t != "llava"])
 @settings(max_examples=12, deadline=None)
-@given(words=st.lists(st.text(alphabet="xyz0é", min_size=1, max_size=6), min_size=5, max_size=5), system=st.booleans())
+@given(
+    words=st.lists(st.text(alphabet="xyz0é", min_size=1, max_size=6), min_size=5, max_size=5),
+    system=st.booleans(),
+)
 def test_in_every_template_answers_are_trained_to_their_end_and_nothing_else(
     template: str, words: list[str], system: bool
 ) -> None:
@@ -259,10 +313,26 @@ def test_in_every_template_answers_are_trained_to_their_end_and_nothing_else(
         return
     keep, drop = chat.ranges(conversation, trace)
     trained = "".join(trace.text[a:b] for a, b in keep)
-    ends = [t for t in texts[1:4:2]]
+    ends = texts[1:4:2]
     assert drop == [] and all(trained.count(t) == 1 for t in ends)
     assert not any(t in trained for t in (texts[0], texts[2], texts[4]))
     stop = chat.stop_tokens()[0]
     assert trained.endswith(stop) and trained.startswith(ends[0])
     assert trained.count(stop) == (1 if template == "metharme" else 2)
     assert len(trained) == sum(map(len, ends)) + len(stop) * trained.count(stop)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    text=st.one_of(
+        st.text(max_size=60), CONTENT, st.text(alphabet="e\u0301\u00e9 \n🙂<|im_end|>", max_size=30)
+    )
+)
+@pytest.mark.parametrize("name", ["tiny-chatml", "tiny-llama3"])
+def test_offsets_from_byte_widths_are_those_of_the_tokenizer(name: str, text: str) -> None:
+    encoder = Encoder(tokenizer(name))
+    assert encoder._bytes.applies
+    (fast,) = encoder.encode([text])
+    slow = encoder.backend.encode(text, add_special_tokens=False)
+    assert fast.ids == slow.ids
+    assert list(zip(fast.starts.tolist(), fast.ends.tolist(), strict=True)) == slow.offsets

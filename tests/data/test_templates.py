@@ -7,7 +7,13 @@ from pathlib import Path
 import jinja2
 import pytest
 
-from axolotl.data.templates import ChatTemplate, load_template, read_jinja, render_chat_template, template_names
+from axolotl.data.templates import (
+    ChatTemplate,
+    load_template,
+    read_jinja,
+    render_chat_template,
+    template_names,
+)
 from axolotl.data.types import Conversation, Message, RowProblem
 from axolotl.errors import DataError
 
@@ -40,7 +46,9 @@ def test_each_style_of_template_is_traced_to_the_character(source: str) -> None:
 
 
 def test_what_a_template_writes_is_ascribed_to_the_turn_it_stands_at() -> None:
-    trace = ChatTemplate("t", "<s>" + LOOP + "end").trace(Conversation([Message(r, c) for r, c in TURNS[:2]]), {})
+    trace = ChatTemplate("t", "<s>" + LOOP + "end").trace(
+        Conversation([Message(r, c) for r, c in TURNS[:2]]), {}
+    )
     assert [(trace.text[a:b], t) for a, b, t, _ in trace.own] == [
         ("<s>", -1),
         ("[user]what is a user?</s>\n", 0),
@@ -52,7 +60,9 @@ def test_what_a_template_writes_is_ascribed_to_the_turn_it_stands_at() -> None:
 def test_words_written_because_of_tool_calls_are_known() -> None:
     source = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.tool_calls %}<call>{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}</call>{% endif %}</s>{% endfor %}"
     call = {"type": "function", "function": {"name": "go", "arguments": {}}}
-    trace = ChatTemplate("t", source).trace(Conversation([Message("assistant", "x", {"tool_calls": [call]})]), {})
+    trace = ChatTemplate("t", source).trace(
+        Conversation([Message("assistant", "x", {"tool_calls": [call]})]), {}
+    )
     assert [(trace.text[a:b], tools) for a, b, _, tools in trace.own] == [
         ("[assistant]x", False),
         ("<call>go</call>", True),
@@ -98,5 +108,7 @@ def test_fallback_and_files(tmp_path: Path) -> None:
 
 def test_the_public_function_renders_bundled_templates() -> None:
     messages = [{"role": "user", "content": "Hi"}]
-    assert render_chat_template("chatml", messages, add_generation_prompt=True).endswith("<|im_start|>assistant\n")
+    assert render_chat_template("chatml", messages, add_generation_prompt=True).endswith(
+        "<|im_start|>assistant\n"
+    )
     assert "chatml" in template_names()

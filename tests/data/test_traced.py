@@ -32,7 +32,7 @@ def woven(draw: st.DrawFn) -> Traced:
 def check_slice(result: str, source: Traced) -> None:
     """A result that is a stretch of the source keeps the tags of just those characters."""
     assert isinstance(result, Traced)
-    tags = [o for o in origins(result)]
+    tags = list(origins(result))
     assert all(source[t] == c for t, c in zip(tags, result, strict=True) if t is not None)
     if len(tags) > 1:
         assert tags == list(range(tags[0] or 0, (tags[0] or 0) + len(tags)))

@@ -10,11 +10,13 @@ from __future__ import annotations
 import functools
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from tokenizers import Tokenizer
+import numpy as np
+from tokenizers import Tokenizer, pre_tokenizers
 
 from axolotl.errors import ModelError
 
@@ -23,10 +25,64 @@ _MARKUP = re.compile(r"think|tool|reason|thought|answer|scratch", re.IGNORECASE)
 
 @dataclass(slots=True)
 class Encoded:
-    """Token ids with the characters (start, end) that each covers."""
+    """Token ids; token i covers the characters starts[i] .. ends[i]-1 (integer arrays, never decreasing)."""
 
     ids: list[int]
-    offsets: list[tuple[int, int]]
+    starts: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def of(cls, ids: list[int], offsets: Sequence[tuple[int, int]]) -> Encoded:
+        pairs = np.array(offsets, np.int64).reshape(-1, 2)
+        return cls(ids, pairs[:, 0], pairs[:, 1])
+
+
+class ByteWidths:
+    """Character offsets of byte-level BPE tokens from the number of bytes of each token.
+
+    Asking the tokenizer for offsets costs more than encoding does. In a byte-level vocabulary every token stands for
+    bytes of the text, so a running sum tells where it is. `None` is returned for a text to which that does not apply.
+    """
+
+    def __init__(self, backend: Tokenizer) -> None:
+        spec = json.loads(backend.to_str())
+        added = {t["content"]: t for t in spec["added_tokens"]}
+        normalizer = spec.get("normalizer")
+        self.normal_form: Literal["NFC"] | None = (
+            "NFC" if normalizer and normalizer["type"] == "NFC" else None
+        )
+        self.applies = (
+            (spec.get("decoder") or {}).get("type") == "ByteLevel"
+            and (normalizer is None or self.normal_form is not None)
+            and not any(t["lstrip"] or t["rstrip"] or t["normalized"] for t in added.values())
+        )
+        if not self.applies:
+            return
+        letters = set(pre_tokenizers.ByteLevel.alphabet())
+        vocabulary = backend.get_vocab()
+        # a token that is no sequence of bytes makes every sum wrong, and so is noticed
+        self.widths = np.full(max(vocabulary.values(), default=0) + 1, 1 << 40, np.int64)
+        for token, i in vocabulary.items():
+            if token in added:
+                self.widths[i] = len(token.encode())
+            elif letters.issuperset(token):
+                self.widths[i] = len(token)
+
+    def locate(self, text: str, ids: list[int]) -> Encoded | None:
+        """The tokens of `text` with their places, or None where they do not add up to the text."""
+        if not self.applies or (self.normal_form and not unicodedata.is_normalized(self.normal_form, text)):
+            return None
+        ends = np.cumsum(self.widths[np.array(ids, np.int64)]) if ids else np.empty(0, np.int64)
+        length = int(ends[-1]) if ids else 0
+        if text.isascii():
+            if length != len(text):
+                return None
+            return Encoded(ids, np.concatenate(([0], ends[:-1])) if ids else ends, ends)
+        coded = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
+        if length != len(coded):
+            return None
+        character = np.cumsum((coded & 0xC0) != 0x80) - 1  # of each byte
+        return Encoded(ids, character[np.concatenate(([0], ends[:-1]))], character[ends - 1] + 1)
 
 
 class Encoder:
@@ -76,16 +132,26 @@ class Encoder:
         copy.encode_special_tokens = True
         return copy
 
+    @functools.cached_property
+    def _bytes(self) -> ByteWidths:
+        return ByteWidths(self.backend)
+
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, parsed as the tokenizer does, nothing put before or after."""
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Ids and character offsets of each text, control tokens recognised everywhere."""
-        return [
-            Encoded(e.ids, e.offsets)
-            for e in self.backend.encode_batch(list(texts), add_special_tokens=False)
-        ]
+        texts = list(texts)
+        if not self._bytes.applies:
+            return [
+                Encoded.of(e.ids, e.offsets)
+                for e in self.backend.encode_batch(texts, add_special_tokens=False)
+            ]
+        found = [self._bytes.locate(t, ids) for t, ids in zip(texts, self.ids(texts), strict=True)]
+        missing = [t for t, f in zip(texts, found, strict=True) if f is None]
+        slow = iter(self.backend.encode_batch(missing, add_special_tokens=False) if missing else ())
+        return [f if f is not None else Encoded.of((e := next(slow)).ids, e.offsets) for f in found]
 
     def looks_like_control(self, text: str) -> bool:
         return self.control_pattern is not None and self.control_pattern.search(text) is not None
@@ -118,7 +184,7 @@ class Encoder:
             offsets.append((start, end))
             at = end
         plain(at, len(text))
-        return Encoded(ids, offsets)
+        return Encoded.of(ids, offsets)
 
 
 def steering_tokens(tokenizer: Any, literal: str) -> set[str]:

@@ -6,11 +6,12 @@ including the stop token that ends the turn; never a role header, never the word
 
 from __future__ import annotations
 
-import bisect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from axolotl.data.encode import Encoded
 from axolotl.data.templates import Trace
@@ -183,20 +184,20 @@ def labels_of(
     encoded: Encoded, keep: Sequence[tuple[int, int]], drop: Sequence[tuple[int, int]]
 ) -> list[int]:
     """Labels: the id of each token that touches a kept range and no dropped one, -100 elsewhere."""
-    ids, offsets = encoded.ids, encoded.offsets
+    ids = encoded.ids
     labels = [IGNORE_INDEX] * len(ids)
-    for a, b in keep:
-        first, stop = _touching(offsets, a, b)
+    for first, stop in _touching(encoded, keep):
         labels[first:stop] = ids[first:stop]
-    for a, b in drop:
-        first, stop = _touching(offsets, a, b)
+    for first, stop in _touching(encoded, drop):
         labels[first:stop] = [IGNORE_INDEX] * (stop - first)
     return labels
 
 
-def _touching(offsets: list[tuple[int, int]], a: int, b: int) -> tuple[int, int]:
-    """The tokens (first, after the last) that hold a character of a..b-1. `(a,)` sorts before every (a, end)."""
-    first = bisect.bisect_left(offsets, (a,))
-    while first > 0 and offsets[first - 1][1] > a:
-        first -= 1
-    return first, bisect.bisect_left(offsets, (b,), first)
+def _touching(encoded: Encoded, ranges: Sequence[tuple[int, int]]) -> Iterable[tuple[int, int]]:
+    """For each range of characters the tokens (first, after the last) that hold one of them."""
+    if not ranges or not encoded.ids:
+        return ()
+    edges = np.array(ranges, np.int64)
+    first = np.searchsorted(encoded.ends, edges[:, 0], "right").tolist()
+    stop = np.searchsorted(encoded.starts, edges[:, 1], "left").tolist()
+    return ((a, b) for a, b in zip(first, stop, strict=True) if b > a)

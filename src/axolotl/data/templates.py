@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ def template_names() -> list[str]:
 class GenerationTag(Extension):
     """`{% generation %}…{% endgeneration %}`, which some tokenizers' templates carry: the body, nothing else."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
     def parse(self, parser: Any) -> list[nodes.Node]:
         next(parser.stream)
@@ -131,7 +132,7 @@ class _Turn(dict[str, Any]):
 class _Pen:
     """Where the template is while it writes: at which turn, and whether because of tool calls."""
 
-    __slots__ = ("turn", "tools", "loop", "outer")
+    __slots__ = ("loop", "outer", "tools", "turn")
 
     def __init__(self) -> None:
         self.turn, self.tools, self.loop = -1, 0, -1
@@ -337,7 +338,8 @@ def _traced_message(turn: int, message: Message, sources: list[Source]) -> _Turn
                 marks[a:b] = (b"\1" if span.train else b"\0") * (b - a)
         edges = [0] + [i for i in range(1, len(text)) if marks[i] != marks[i - 1]] + [len(text)]
         return Traced(
-            text, tuple((a, b, yes if a < len(text) and marks[a] else no) for a, b in zip(edges, edges[1:]))
+            text,
+            tuple((a, b, yes if a < len(text) and marks[a] else no) for a, b in itertools.pairwise(edges)),
         )
 
     made = _Turn(role=message.role)

@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,8 @@ class Change:
     compute: Callable[[ReadTensor, Mapping[str, torch.dtype], bool], Computed]
     tied_to_input: bool = False
     """An output head that takes all its changes from the input embedding."""
-    low_rank: LowRank | None = None
-    """The whole change, where it is W + B A and nothing else."""
+    low_rank: Callable[[], LowRank] | None = None
+    """Gives the whole change, where it is W + B A and nothing else."""
 
 
 def why_not_layerwise(config: PeftConfig) -> str | None:
@@ -268,7 +269,7 @@ class Skeleton:
             getattr(layer, "_caches", {}).clear()
             return result, difference
 
-        return Change(full, compute, tied, LowRank.of(layer) if is_plain_lora(layer) else None)
+        return Change(full, compute, tied, partial(LowRank.of, layer) if is_plain_lora(layer) else None)
 
 
 def is_plain_lora(layer: Any) -> bool:

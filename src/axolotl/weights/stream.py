@@ -187,8 +187,14 @@ def _write(
                     continue
                 change = changes[name]
                 if change.low_rank is not None and source.as_stored(name):
-                    add, rows = change.low_rank.adder(check), change.low_rank.rows
-                    found = writer.rewrite(key, files.folder / shard, files.shards[shard][key], add, rows)
+                    low_rank = change.low_rank()
+                    found = writer.rewrite(
+                        key,
+                        files.folder / shard,
+                        files.shards[shard][key],
+                        low_rank.adder(check),
+                        low_rank.rows,
+                    )
                     difference, largest = (max(values) for values in zip(*found, strict=True))
                     worst = _worse(worst, name, difference / max(largest, 1e-12) if check else None)
                     continue
