@@ -8,12 +8,14 @@ from pydantic import BeforeValidator, Field
 
 from axolotl.config.datasets import DatasetEntry, PretrainingEntry, PromptMapping
 from axolotl.config.section import (
+    Fraction,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Section,
     Text,
+    idle,
     later,
 )
 
@@ -40,11 +42,13 @@ class DataSection(Section):
     """The datasets to train on, one entry each; they are merged."""
     test_datasets: list[DatasetEntry] = Field(default_factory=list)
     """Datasets to evaluate on, instead of a share of the training data."""
+    max_dropped_fraction: Fraction | None = None
+    """Largest share of a dataset's rows that may be dropped before preparation fails; no limit when unset."""
     val_set_size: NonNegativeFloat = 0.0
     """Share of the rows kept for evaluation; above 1, the number of rows."""
     dataset_prepared_path: Text | None = None
     """Folder in which tokenised data is kept for the next run."""
-    num_dataset_shards_to_save: PositiveInt | None = None
+    num_dataset_shards_to_save: PositiveInt | None = idle("prepared rows are cut into files of a fixed size")
     """Number of files of the prepared dataset."""
     push_dataset_to_hub: Text | None = None
     """Hub organisation or user that gets the prepared dataset."""

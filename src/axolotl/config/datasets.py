@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from axolotl.config.section import Block, Float, Int, NonNegativeInt, PositiveInt, Text, later
+from axolotl.config.section import Block, Float, Int, NonNegativeInt, PositiveFloat, PositiveInt, Text, later
 
 
 class PromptMapping(Block):
@@ -119,6 +119,10 @@ class DatasetEntry(Block):
     """The same for the tokens that end a turn; follows train_on_eos when unset."""
     drop_system_message: bool | None = None
     """Leave system messages out."""
+    special_tokens_in_content: Literal["text", "parse"] = "text"
+    """Control tokens that stand in a message's text: plain text, or parsed as the tokens that they name."""
+    weight: PositiveFloat | None = None
+    """How often each row is seen in an epoch, beside the other datasets: 2 twice, 0.5 every second row."""
 
     logprobs_field: Text | None = later("distillation")
     """Column with the teacher's log-probabilities."""

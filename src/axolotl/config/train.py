@@ -60,6 +60,10 @@ class SelectiveCheckpointing(Block):
     """Keep the results in CPU memory."""
 
 
+def _newest(value: Any) -> Any:
+    return "true" if value is True else value
+
+
 class TrainSection(Section):
     """The run: batch, epochs, evaluation, saving, memory."""
 
@@ -194,8 +198,8 @@ class TrainSection(Section):
     """Figure that decides which checkpoint is best."""
     greater_is_better: bool | None = None
     """Whether a higher figure is better."""
-    resume_from_checkpoint: Text | None = None
-    """Checkpoint folder to continue from."""
+    resume_from_checkpoint: Annotated[Text | None, BeforeValidator(_newest)] = None
+    """Checkpoint folder to continue from; `true` takes the newest intact one in output_dir."""
     auto_resume_from_checkpoints: bool = False
     """Continue from the newest intact checkpoint in output_dir."""
     dynamic_checkpoint: DynamicCheckpoint | None = None

@@ -69,7 +69,7 @@ class ChatRenderer:
         self.notes: Counter[str] = Counter()
         self.probe, self.opening = self._probe()
         literal = self._literal()
-        guard = getattr(entry, "special_tokens_in_content", "text") != "parse"
+        guard = entry.special_tokens_in_content != "parse"
         self.encoder = Encoder(tokenizer, steering_tokens(tokenizer, literal))
         self.guard = guard
         self.rule = StopRule(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from axolotl.console import note
+from axolotl.console import note, warn
 from axolotl.data import cache
 from axolotl.data.filters import SeenRows, drop_rows
 from axolotl.data.ledger import (
@@ -165,6 +166,7 @@ def _prepare_dataset(
 ) -> Counts:
     """Writes the remaining shards of one dataset. `totals`: what the set's folder holds before; returns it with these."""
     already = sum(p.counts.read for p in task.parts)
+    notes: Counter[str] = Counter()
     progress = Progress(f"preparing {task.name}", lambda: task.source.rows, already)
     writer: PartWriter | None = None
 
@@ -183,6 +185,7 @@ def _prepare_dataset(
         for result in engine.map(task.job, _chunks(task.source, already)):
             progress.advance(len(result.rows.ledger.row))
             failures += result.failures
+            notes.update(result.notes)
             if len(failures) > _MOST_FAILURES:
                 break
             if failures:  # nothing more is written: this data has to change first
@@ -204,6 +207,8 @@ def _prepare_dataset(
         if writer is not None:
             writer.abandon()
         progress.close()
+    for what, turns in notes.items():
+        warn(f"{task.name}: {what} ({turns:,} times): they are not in the training text.")
     return totals
 
 
@@ -271,7 +276,7 @@ def _empty_remedy(counts: Counts) -> str:
 
 def _check_dropped(data: DataSection, summaries: Iterable[DatasetSummary]) -> None:
     """Raises DataError for each dataset that lost a larger share of its rows than max_dropped_fraction."""
-    limit = getattr(data, "max_dropped_fraction", None)
+    limit = data.max_dropped_fraction
     if limit is None:
         return
     problems = []

@@ -61,7 +61,7 @@ class Prepared:
     @cached_property
     def mixture(self) -> Mixture:
         """Rows that are trained on and rows that are held out, in order."""
-        weights = [float(getattr(entry, "weight", None) or 1.0) for entry in self.data.datasets]
+        weights = [float(entry.weight or 1.0) for entry in self.data.datasets]
         mixture = mix(self.row_index()["dataset"], self.data, self.seed, weights)
         if not len(mixture.train):
             raise DataError(

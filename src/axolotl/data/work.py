@@ -80,6 +80,8 @@ class ChunkResult:
 
     rows: FilteredRows
     failures: list[RowFailure] = field(default_factory=list)
+    notes: dict[str, int] = field(default_factory=dict)
+    """What the template left out of these rows: a sentence, and the number of turns."""
 
 
 class ChunkWorker:
@@ -138,7 +140,7 @@ class ChunkWorker:
                     "Raise `sequence_len`, or set `excess_length_strategy` to `drop` or `truncate`.",
                 )
             )
-        return ChunkResult(filtered, failures)
+        return ChunkResult(filtered, failures, renderer.take_notes())
 
 
 def _render(renderer: Any, values: list[FormatValue]) -> list[list[Rendered] | RowProblem]:
