@@ -40,6 +40,7 @@ def write(date: datetime.date, r: random.Random) -> str:
     year = r.choice((f"{date.year}", f"{date.year}", f"'{date.year % 100:02d}"))
     day = r.choice((f"{date.day}", f"{date.day}", f"{date.day:02d}", ordinal(date.day)))
     weekday = WEEKDAYS[date.weekday()]
+    short_year = r.choice((f"{date.year}", f"{date.year % 100:02d}"))
     text = r.choice(
         (
             f"{day} {month} {year}",
@@ -49,14 +50,17 @@ def write(date: datetime.date, r: random.Random) -> str:
             f"{weekday}, {day} {month} {year}",
             f"{weekday[:3]} {month} {day} {year}",
             f"the {ordinal(date.day)} of {month} {year}",
-            f"the {ordinal(date.day)} of {month}, {year}",
             f"{weekday} the {ordinal(date.day)} of {month}, {year}",
             f"the {ORDINALS[date.day - 1]} of {month} {year}",
+            f"the {ORDINALS[date.day - 1]} of {month}, {year}",
             f"{month} the {ORDINALS[date.day - 1]}, {year}",
+            f"{weekday}, {month} the {ORDINALS[date.day - 1]} {year}",
             f"{date.day}-{SHORT[date.month - 1]}-{date.year}",
             f"{date.year} {month} {date.day}",
-            f"{date.day}/{date.month}/{r.choice((f'{date.year}', f'{date.year % 100:02d}'))} (d/m/y)",
-            f"{date.month}/{date.day}/{r.choice((f'{date.year}', f'{date.year % 100:02d}'))} (m/d/y)",
+            f"{date.day}/{date.month}/{short_year} (d/m/y)",
+            f"d/m/y {date.day}/{date.month}/{short_year}",
+            f"{date.month}/{date.day}/{short_year} (m/d/y)",
+            f"m/d/y {date.month}/{date.day}/{short_year}",
             f"{date.day:02d}.{date.month:02d}.{date.year} (d.m.y)",
             f"{date.year}/{date.month}/{date.day}",
         )

@@ -21,7 +21,7 @@ from axolotl.cli.document import (
 )
 from axolotl.config import Config, Hardware, load_config, resolve
 from axolotl.config.keys import nested, owners
-from axolotl.config.renames import OLD_KEYS
+from axolotl.config.old_keys import OLD_KEYS
 from axolotl.errors import ConfigError, Problem
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ import pytest
 
 from axolotl.config.descriptions import meaning, old_keys, state
 from axolotl.config.keys import SECTIONS, distance, nearest, nested, owners
-from axolotl.config.renames import CHOICES, OLD_KEYS, RENAMED
+from axolotl.config.old_keys import CHOICES, OLD_KEYS, RENAMED
 from axolotl.config.yaml_file import parse
 
 HERE = Path(__file__).parent

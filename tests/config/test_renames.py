@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from axolotl.config import Config, load_config
-from axolotl.config.renames import LEFTOVER, REMOVED
+from axolotl.config.old_keys import LEFTOVER, REMOVED
 from axolotl.errors import ConfigError, Problem
 
 BASE = "base_model: x\ndatasets: [{path: a.jsonl, type: alpaca}]\nlearning_rate: 1e-4\n"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from axolotl.config import load_config
 from axolotl.config.keys import owners
-from axolotl.config.renames import OLD_KEYS
+from axolotl.config.old_keys import OLD_KEYS
 from axolotl.config.yaml_file import decode, dotted, parse, parse_value, undotted
 from axolotl.errors import ConfigError, Problem
 

@@ -36,9 +36,14 @@ _CHOICES = """\
 
 Some combinations that real files carry are read for the user's safety:
 
-- `evals_per_epoch` without anything to evaluate on is a warning; `eval_steps` and `eval_strategy` are an error.
-- An old boolean such as `flash_attention` beside `attn_implementation` is an error within one file; a later file or an
-  override wins over an earlier one.
+- `evals_per_epoch` without anything to evaluate on is a warning; so are `eval_steps` and `eval_strategy`, unless
+  `val_set_size: 0` is written beside them, which is an error.
+- An old boolean such as `flash_attention` beside `attn_implementation` is an error within one file, unless the latter
+  names a kernel on the Hub of the same kind; a later file or an override wins over an earlier one.
+- `0` means "off" for figures that cannot be 0, such as `save_steps`, `eval_steps`, `save_total_limit` and
+  `neftune_noise_alpha`.
+- `bf16: true` beside `fp16: true` is an error: neither is chosen silently. `cosine_constant_lr_ratio` without
+  `cosine_min_lr_ratio` is one too: most of the run would learn nothing.
 - A fused kernel that does not fit (LoRA kernels on 8-bit weights, a fused loss in float32) is a warning: the plain path
   computes the same.
 - `trust_remote_code` and `gradio_share` are false unless they are written.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from axolotl import __version__, console
-from axolotl.errors import ConfigError, Problem, UserError
+from axolotl.errors import AxolotlError, ConfigError, Problem, UserError
 
 if TYPE_CHECKING:
     from axolotl.config import Config
@@ -27,6 +27,9 @@ class Verbs(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             console.show_error(error)
+            ctx.exit(error.exit_code)
+        except AxolotlError as error:
+            console.stderr().print(f"error: {error}", style="red", markup=False)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             console.note("Interrupted.")

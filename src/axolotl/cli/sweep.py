@@ -18,7 +18,7 @@ from typing import Any
 from axolotl.config.examples import in_yaml
 from axolotl.config.fetch import read_source
 from axolotl.config.keys import did_you_mean, kinds_at, nearest, owners
-from axolotl.config.renames import OLD_KEYS
+from axolotl.config.old_keys import OLD_KEYS
 from axolotl.config.yaml_file import Document, undotted
 from axolotl.config.yaml_file import Path as KeyPath
 from axolotl.errors import ConfigError, Problem

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from axolotl.config.section import (
+    ZERO_IS_OFF,
     Block,
     Fraction,
     NonNegativeFloat,
@@ -32,6 +33,12 @@ class Peft(Block):
 
     loftq_config: LoftQ | None = None
     """Start values that make up for the error of quantisation."""
+    backend: Text | None = later("adapters on torchao weights")
+    """Package that holds the quantised weights."""
+    weight_dtype: Text | None = later("adapters on torchao weights")
+    """Number type in which it holds them: int4, nf4 or int8."""
+    group_size: PositiveInt | None = later("adapters on torchao weights")
+    """How many weights share one scale."""
 
 
 class Mora(Block):
@@ -96,7 +103,7 @@ class AdapterSection(Section):
     """Keep tied embeddings tied when they are trained."""
     peft_autocast_adapter_dtype: bool | None = None
     """Raise adapter weights to float32."""
-    loraplus_lr_ratio: PositiveFloat | None = None
+    loraplus_lr_ratio: Annotated[PositiveFloat | None, ZERO_IS_OFF] = None
     """Learning rate of the B matrices divided by that of the A matrices (LoRA+)."""
     loraplus_lr_embedding: NonNegativeFloat = 1e-6
     """Learning rate of adapted embeddings under LoRA+."""

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from axolotl.config.examples import example
 from axolotl.config.keys import SYNONYMS, block_at, did_you_mean, field_at, nearest, nested, owners
-from axolotl.config.renames import OLD_KEYS
+from axolotl.config.old_keys import OLD_KEYS
 from axolotl.config.secrets import is_secret, masked
 from axolotl.config.section import members
 from axolotl.config.yaml_file import Document, Path, Spot, dotted
@@ -164,6 +164,8 @@ class Complaints:
         if known and isinstance(value, str):
             choices = [str(a) for k in members(known[0]) if get_origin(k) is Literal for a in get_args(k)]
             remedy = did_you_mean(nearest(value, choices))
+        if path == ("warmup_steps",) and isinstance(value, float) and 0 < value < 1:
+            remedy = f"Write `warmup_ratio: {got.strip('`')}` for a share of all steps."
         if path[0] in HINTS and len(path) == 1:
             remedy = HINTS[str(path[0])]
         shown = example(model, path)

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from axolotl.config.datasets import DatasetEntry, PretrainingEntry, PromptMapping
 from axolotl.config.section import (
+    ZERO_IS_OFF,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -58,7 +59,7 @@ class DataSection(Section):
     """Shuffle the rows after the datasets were merged."""
     shuffle_before_merging_datasets: bool = False
     """Shuffle each dataset before they are merged."""
-    dataset_shard_num: PositiveInt | None = None
+    dataset_shard_num: Annotated[PositiveInt | None, ZERO_IS_OFF] = None
     """Cut the merged data into so many parts and use one of them."""
     dataset_shard_idx: NonNegativeInt | None = None
     """Which of these parts, counted from 0."""
@@ -112,13 +113,13 @@ class DataSection(Section):
     """Pack rows in the order they come."""
     sample_packing_mp_start_method: Text | None = None
     """How packing starts its processes; ours packs in one process."""
-    sample_packing_eff_est: PositiveFloat | None = None
+    sample_packing_eff_est: Annotated[PositiveFloat | None, ZERO_IS_OFF] = None
     """Share of packed rows that is not padding, once measured; ours computes it."""
     multipack_real_batches: bool | None = None
     """Keep packed rows apart in a batch instead of joining them into one long row."""
     pad_to_sequence_len: bool | None = None
     """Pad every row to sequence_len, which keeps memory steady."""
-    pad_to_multiple_of: PositiveInt | None = None
+    pad_to_multiple_of: Annotated[PositiveInt | None, ZERO_IS_OFF] = None
     """Pad rows to a multiple of this many tokens."""
     curriculum_sampling: bool = False
     """Keep the order of the data instead of drawing at random."""
@@ -134,9 +135,9 @@ class DataSection(Section):
     """Context length that PoSE simulates."""
     pose_num_chunks: PositiveInt | None = later("PoSE")
     """Pieces into which PoSE cuts a row."""
-    total_num_tokens: PositiveInt | None = None
+    total_num_tokens: Annotated[PositiveInt | None, ZERO_IS_OFF] = None
     """Tokens in the data; counted when unset."""
-    total_supervised_tokens: PositiveInt | None = None
+    total_supervised_tokens: Annotated[PositiveInt | None, ZERO_IS_OFF] = None
     """Trained tokens in the data; counted when unset."""
 
     # Streaming

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from axolotl.config.complaints import expected
 from axolotl.config.keys import owner, owners
-from axolotl.config.renames import ALIASES, CHOICES, LEFTOVER, REMOVED, RENAMED
+from axolotl.config.old_keys import ALIASES, CHOICES, LEFTOVER, REMOVED, RENAMED
 from axolotl.config.section import facts
 
 

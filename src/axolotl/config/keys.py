@@ -84,6 +84,17 @@ SYNONYMS = {
     "train_batch_size": "micro_batch_size",
     "val_size": "val_set_size",
     "warmup": "warmup_ratio",
+    "adapter_path": "lora_model_dir",
+    "eval_data": "test_datasets",
+    "hf_token": "hf_use_auth_token",
+    "quantization_config": "bnb_config_kwargs",
+    "use_lora": "adapter",
+    "use_qlora": "adapter",
+    "val_dataset": "test_datasets",
+    "val_datasets": "test_datasets",
+    "validation_dataset": "test_datasets",
+    "validation_datasets": "test_datasets",
+    "wandb_run_name": "wandb_name",
 }
 
 

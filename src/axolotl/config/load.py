@@ -14,7 +14,8 @@ from axolotl.config.complaints import Complaints
 from axolotl.config.config import Config, sections_from
 from axolotl.config.keys import SECTIONS, blocks_in, owner, owners
 from axolotl.config.merge import Merged, Overrides, Source, override_parts
-from axolotl.config.renames import Renaming, is_off
+from axolotl.config.old_keys import is_off
+from axolotl.config.renames import Renaming
 from axolotl.config.rules import broken_rules
 from axolotl.config.section import Section, default_of, facts
 from axolotl.config.unbuilt import idle_keys
@@ -108,10 +109,11 @@ class Loading(Merged):
         field, said = model.model_fields[key], facts(model, key)
         off = is_off(value) or (value == 0 and not isinstance(value, str)) or value == default_of(model, key)
         if said.get("state") == "unavailable" and not off:
+            feature = said["by_value"].get(str(value), said["feature"])
             self.add(
                 self.complaints.problem(
                     "unavailable",
-                    f"`{dotted(path)}` belongs to {said['feature']}, which is not available yet.",
+                    f"`{dotted(path)}` belongs to {feature}, which is not available yet.",
                     "Delete the line to train without it.",
                     path,
                     at_key=True,
@@ -209,8 +211,10 @@ def load_config(
 
 
 def _finish(loading: Loading, verb: str, checks: Sequence[Check]) -> Config:
-    for problem in Renaming(loading.document, loading.layers).run():
+    renaming = Renaming(loading.document, loading.layers)
+    for problem in renaming.run():
         loading.add(problem)
+    loading.typed = renaming.typed
     loading.expand()
     values = loading.known_keys()
     loading.unavailable(values)

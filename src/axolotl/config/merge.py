@@ -28,13 +28,17 @@ class Merged:
         self.problems: list[Problem] = []
         self.sources: list[Path] = []
         self.bad: set[str] = set()
+        self.typed: dict[str, str] = {}
+        """Keys that the user wrote by an old name, and that name."""
 
     def excerpt(self, place: Place) -> str:
         return excerpt(self.lines.get(place.file, []), place)
 
     def add(self, problem: Problem) -> None:
-        """Notes a problem, with its excerpt where it has none."""
-        problem = _as_typed(problem)
+        """Notes a problem, told in the user's words, with its excerpt where it has none."""
+        if problem.fatal:
+            self.bad.update(str(undotted(k)[0]) for k in problem.keys)
+        problem = _by_old_names(_as_typed(problem), self.typed)
         if not problem.excerpt and problem.places:
             problem = Problem(
                 problem.message,
@@ -45,8 +49,6 @@ class Merged:
                 self.excerpt(problem.places[0]),
             )
         self.problems.append(problem)
-        if problem.fatal:
-            self.bad.update(str(undotted(k)[0]) for k in problem.keys)
 
     def read(self, source: Source, layer: int) -> None:
         """Merges one file over what was read before."""
@@ -181,6 +183,17 @@ def _as_typed(problem: Problem) -> Problem:
         stem = flag.rpartition(".")[0] + "." if "." in flag else "--no-" if flag.startswith("--no-") else "--"
         remedy = re.sub(r"`(\w+)`", lambda found: f"`{stem}{found[1].replace('_', '-')}`", remedy)
     return replace(problem, message=message, remedy=remedy)
+
+
+def _by_old_names(problem: Problem, typed: Mapping[str, str]) -> Problem:
+    """A problem of a key that was written by an old name, told with that name."""
+    if not typed.keys() & set(problem.keys):
+        return problem
+    message = problem.message
+    for key in problem.keys:
+        if key in typed:
+            message = message.replace(f"`{key}`", f"`{typed[key]}`")
+    return replace(problem, message=message, keys=tuple(typed.get(k, k) for k in problem.keys))
 
 
 def override_parts(overrides: Overrides | None) -> Iterable[tuple[str, Any, str, str]]:

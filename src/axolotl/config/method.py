@@ -35,7 +35,9 @@ class MethodSection(Section):
     trainer_cls: Text | None = later("trainer classes of the user's own")
     """Dotted name of a trainer class to use."""
 
-    rl: Literal["dpo", "ipo", "simpo", "kto", "orpo", "grpo", "gdpo", "ebft"] | None = later(PREFERENCE)
+    rl: Literal["dpo", "ipo", "simpo", "kto", "orpo", "grpo", "gdpo", "ebft"] | None = later(
+        PREFERENCE, by_value={"grpo": RL, "gdpo": RL, "ebft": RL}
+    )
     """Method of preference tuning or reinforcement learning."""
     rl_beta: NonNegativeFloat | None = later(PREFERENCE)
     """How closely the model stays by its reference."""

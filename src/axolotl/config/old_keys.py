@@ -84,7 +84,6 @@ LEFTOVER = {
     "torchdistx_path": "this package is gone",
     "flash_attn_fuse_qkv": "attention is fused where a kernel fits",
     "data_seed": "`seed` decides the order of the data too",
-    "eval_table_size": "generated answers are not logged yet",
     "eval_max_new_tokens": "the evaluation generates no answers yet",
     "eval_table_max_new_tokens": "the evaluation generates no answers yet",
     "lora_out_dir": "the adapter is saved in `output_dir`",
@@ -120,7 +119,7 @@ OLD_KEYS = frozenset(
 
 
 def is_off(value: Any) -> bool:
-    """Whether a value says "not this": null, false, empty, or a mapping of nothing else."""
+    """Whether a value says "not this": null, false, empty, or a mapping of nothing but null."""
     if isinstance(value, dict):
-        return all(is_off(each) for each in value.values())
+        return all(each is None or (isinstance(each, dict) and is_off(each)) for each in value.values())
     return value is None or value is False or value in ("", [])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from axolotl.config.section import (
+    ZERO_IS_OFF,
     Block,
     Float,
     Fraction,
@@ -45,9 +46,9 @@ class OptimSection(Section):
     """Highest learning rate of the schedule."""
     weight_decay: NonNegativeFloat = 0.0
     """Pull of the weights towards zero."""
-    embedding_lr: PositiveFloat | None = None
+    embedding_lr: Annotated[PositiveFloat | None, ZERO_IS_OFF] = None
     """Learning rate of the embeddings."""
-    embedding_lr_scale: PositiveFloat | None = None
+    embedding_lr_scale: Annotated[PositiveFloat | None, ZERO_IS_OFF] = None
     """Learning rate of the embeddings as a multiple of learning_rate."""
     lr_groups: list[LrGroup] | None = None
     """Learning rates for groups of parameters."""
@@ -91,7 +92,7 @@ class OptimSection(Section):
     """Factor by which a settled projection waits longer."""
     qgalore_queue_size: PositiveInt = later("the Q-GaLore optimizer", 5)
     """Projections that are compared."""
-    neftune_noise_alpha: PositiveFloat | None = None
+    neftune_noise_alpha: Annotated[PositiveFloat | None, ZERO_IS_OFF] = None
     """Strength of the noise on the embeddings in training (NEFTune)."""
     grokfast_alpha: Fraction = later("Grokfast", 0.98)
     """Momentum of the slow gradients that Grokfast amplifies."""

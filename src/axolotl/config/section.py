@@ -29,14 +29,29 @@ Steps = Annotated[int | float, BeforeValidator(_number), Gt(0)]
 Text = str
 
 
-def later(feature: str, default: Any = None, *, secret: bool = False) -> Any:
+class _ZeroIsOff:
+    """Says of a field that 0 means the same as leaving it out."""
+
+
+ZERO_IS_OFF = _ZeroIsOff()
+
+
+def later(
+    feature: str, default: Any = None, *, secret: bool = False, by_value: dict[str, Any] | None = None
+) -> Any:
     """A field of a feature that is not built yet: any value but off is answered with `unavailable`.
 
-    When the feature comes, `later("...")` at the field becomes its plain default.
+    `by_value` names the features of values that belong to another one. When the feature comes, `later("...")` at the
+    field becomes its plain default.
     """
     return Field(
         default=default,
-        json_schema_extra={"state": "unavailable", "feature": feature, "secret": secret},
+        json_schema_extra={
+            "state": "unavailable",
+            "feature": feature,
+            "secret": secret,
+            "by_value": by_value or {},
+        },
         repr=not secret,
     )
 
@@ -98,6 +113,21 @@ def _without_bool(model: type[BaseModel]) -> frozenset[str]:
     return frozenset(unset)
 
 
+@functools.cache
+def _off_at_zero(model: type[BaseModel]) -> frozenset[str]:
+    return frozenset(
+        key
+        for key, field in model.model_fields.items()
+        if any(isinstance(each, _ZeroIsOff) for each in field.metadata)
+    )
+
+
+def _unset(value: Any, *, false: bool, zero: bool) -> bool:
+    if isinstance(value, bool):
+        return false and not value
+    return value is None or (zero and isinstance(value, int | float) and value == 0)
+
+
 class Block(BaseModel):
     """A mapping inside the config, such as one entry of `datasets`."""
 
@@ -108,11 +138,11 @@ class Block(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_unset(cls, data: Any) -> Any:
-        """Null means "not set"; so does `false` where no boolean can stand."""
+        """Null means "not set"; so does `false` where no boolean can stand, and 0 where a field says so."""
         if not isinstance(data, dict):
             return data
-        off = _without_bool(cls)
-        return {k: v for k, v in data.items() if v is not None and not (v is False and k in off)}
+        off, at_zero = _without_bool(cls), _off_at_zero(cls)
+        return {k: v for k, v in data.items() if not _unset(v, false=k in off, zero=k in at_zero)}
 
 
 class Section(Block):

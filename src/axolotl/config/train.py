@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from axolotl.config.section import (
+    ZERO_IS_OFF,
     Block,
     Fraction,
     Int,
@@ -90,7 +91,7 @@ class TrainSection(Section):
     """Processes that load batches."""
     dataloader_pin_memory: bool | None = None
     """Keep batches in memory that a GPU reads fast."""
-    dataloader_prefetch_factor: PositiveInt | None = None
+    dataloader_prefetch_factor: Annotated[PositiveInt | None, ZERO_IS_OFF] = None
     """Batches that each of these processes loads ahead."""
     dataloader_drop_last: bool | None = None
     """Leave out the last batch when it is not full."""
@@ -120,7 +121,7 @@ class TrainSection(Section):
         "torch.compile uses its own options"
     )
     """Options of torch.compile."""
-    torch_empty_cache_steps: PositiveInt | None = None
+    torch_empty_cache_steps: Annotated[PositiveInt | None, ZERO_IS_OFF] = None
     """Steps after which PyTorch's cached memory is given back."""
     gc_collect_steps: Int | None = None
     """Steps after which Python's garbage is collected; -1 at the end of each epoch and before evaluation."""
@@ -132,7 +133,7 @@ class TrainSection(Section):
     """Log trained tokens per second."""
     include_tkps: bool = idle("tokens per second are always logged", True)
     """Log tokens per second and device."""
-    profiler_steps: PositiveInt | None = None
+    profiler_steps: Annotated[PositiveInt | None, ZERO_IS_OFF] = None
     """Steps that PyTorch's profiler records."""
     profiler_steps_start: NonNegativeInt = 0
     """Step at which the profiler begins."""
@@ -140,7 +141,7 @@ class TrainSection(Section):
     # Evaluation
     eval_strategy: Strategy = None
     """When to evaluate: no, steps or epoch."""
-    eval_steps: Steps | None = None
+    eval_steps: Annotated[Steps | None, ZERO_IS_OFF] = None
     """Steps between two evaluations; below 1, a share of all steps."""
     evals_per_epoch: NonNegativeInt | None = None
     """Evaluations in each epoch."""
@@ -148,7 +149,7 @@ class TrainSection(Section):
     """Generate answers in the evaluation and score them."""
     eval_causal_lm_metrics: list[Text] | None = later("evaluation by generation")
     """Scores of these answers."""
-    eval_table_size: NonNegativeInt | None = later("evaluation by generation")
+    eval_table_size: NonNegativeInt | None = idle("generated answers are not logged yet")
     """Generated answers that are logged as a table."""
     do_bench_eval: bool = later("benchmarks in training", False)
     """Answer multiple-choice questions in the evaluation."""
@@ -172,21 +173,21 @@ class TrainSection(Section):
     """Share of a row that is given as prompt."""
     generation_do_sample: bool = later("samples in training", True)
     """Draw tokens at random instead of taking the likeliest."""
-    early_stopping_patience: PositiveInt | None = None
+    early_stopping_patience: Annotated[PositiveInt | None, ZERO_IS_OFF] = None
     """Evaluations without improvement after which training ends."""
-    loss_watchdog_threshold: PositiveFloat | None = None
+    loss_watchdog_threshold: Annotated[PositiveFloat | None, ZERO_IS_OFF] = None
     """Loss above which something is wrong."""
-    loss_watchdog_patience: PositiveInt | None = None
+    loss_watchdog_patience: Annotated[PositiveInt | None, ZERO_IS_OFF] = None
     """Steps above that loss after which training ends; 3 when unset."""
 
     # Saving and resuming
     save_strategy: SaveStrategy = None
     """When to save a checkpoint: no, steps, epoch or best."""
-    save_steps: Steps | None = None
+    save_steps: Annotated[Steps | None, ZERO_IS_OFF] = None
     """Steps between two checkpoints; below 1, a share of all steps."""
     saves_per_epoch: NonNegativeInt | None = None
     """Checkpoints in each epoch."""
-    save_total_limit: PositiveInt | None = None
+    save_total_limit: Annotated[PositiveInt | None, ZERO_IS_OFF] = None
     """Checkpoints that are kept; older ones are deleted."""
     save_first_step: bool | None = None
     """Save a checkpoint after the first step, to see that saving works."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from axolotl.config.config import Config
 from axolotl.config.keys import SECTIONS
-from axolotl.config.renames import is_off
+from axolotl.config.old_keys import is_off
 from axolotl.config.section import default_of, facts
 from axolotl.errors import Problem
 

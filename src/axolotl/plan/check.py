@@ -33,6 +33,8 @@ ADAPTER_FLAGS = {
     "full": "Delete the line: without `adapter` the whole model is trained.",
     "none": "Delete the line: without `adapter` the whole model is trained.",
 }
+# Schedules that files carry and that are gone.
+SCHEDULES_GONE = ("log_sweep",)
 TEMPLATES = PACKAGE_ROOT / "data" / "templates"
 _FALLBACK = "tokenizer_default_fallback_"
 
@@ -69,6 +71,10 @@ def _named(cfg: Config, key: str, registry: Registry[Any]) -> Iterator[Problem]:
                 key,
                 kind="unavailable",
             )
+    elif key == "lr_scheduler" and name in SCHEDULES_GONE:
+        yield cfg.problem(
+            f"`{key}: {name}` is gone.", f"Choose another, such as `{key}: cosine`.", key, kind="removed"
+        )
     elif not own_plugins(cfg):
         yield _unknown(cfg, key, name, registry.names())
 

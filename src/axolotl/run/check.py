@@ -9,6 +9,7 @@ from axolotl.data.formats import check_fields, resolve_format
 from axolotl.data.sources import open_source
 from axolotl.errors import Problem, UserError
 from axolotl.model.files import check_adapter_dir, check_base_model
+from axolotl.model.hub import check_hub
 from axolotl.run.ready import check_output
 
 
@@ -19,6 +20,7 @@ def check(cfg: Config) -> Sequence[Problem]:
         *unbuilt(cfg),
         *check_output(cfg),
         *check_base_model(cfg.model, cfg.place("base_model")),
+        *check_hub(cfg.model.base_model, place=cfg.place("base_model")),
         *check_adapter_dir(cfg.adapter, cfg.place("lora_model_dir")),
     ]
     entries = [(f"datasets[{i}]", e) for i, e in enumerate(cfg.data.datasets)]

@@ -13,6 +13,7 @@ from axolotl.data.prepared import Prepared
 from axolotl.data.preview import preview
 from axolotl.data.render import build_renderer
 from axolotl.model.files import check_base_model
+from axolotl.model.hub import check_hub
 from axolotl.model.tokenizer import load_tokenizer
 from axolotl.report.dataset import write_report
 from axolotl.run.ready import ready, refuse
@@ -37,7 +38,7 @@ def preprocess(
 def tokenizer_of(cfg: Config, adapter_dir: Path | None = None) -> Any:
     """The tokenizer of the config, after a look at the files of the base model."""
     place = cfg.place("base_model")
-    refuse(check_base_model(cfg.model, place))
+    refuse([*check_base_model(cfg.model, place), *check_hub(cfg.model.base_model, place=place)])
     return load_tokenizer(cfg.model, adapter_dir, place=place)
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
 
 from axolotl import console
 from axolotl.config import Config, Hardware, resolve
@@ -23,6 +27,10 @@ _ERRORS: dict[str, type[UserError]] = {
 def ready(cfg: Config, hardware: Hardware) -> Config:
     """The config with automatic values filled in; its warnings are shown."""
     refuse(cfg.warnings)
+    # what the libraries deprecate among themselves is no news to a user
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|accelerate")
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     import_plugins(cfg)
     if own_plugins(cfg):
         refuse(component_problems(cfg))

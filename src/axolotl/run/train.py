@@ -33,8 +33,10 @@ def train(cfg: Config) -> TrainResult:
     if resume.complete:
         console.success(f"The run in `{cfg.output.output_dir}` is complete: there is nothing left to train.")
         return TrainResult(0, True, None, {})
-    tokenizer = tokenizer_of(cfg)
+    before = Path(cfg.adapter.lora_model_dir) if cfg.adapter.lora_model_dir else None
+    tokenizer = tokenizer_of(cfg, before)
     prepared = prepare_data(cfg, tokenizer)
+    rows, held_out = prepared.train_dataset(), prepared.eval_dataset()
     seed = 42 if cfg.train.seed is None else cfg.train.seed
     seed_everything(seed)
     model: Any = load_model(
@@ -46,19 +48,18 @@ def train(cfg: Config) -> TrainResult:
         attn_implementation=attention.name,
         seed=seed,
         stop_tokens=stop_tokens(cfg, tokenizer),
+        adapter_dir=before,
         place=cfg.place("base_model"),
     )
     if cfg.adapter.adapter is not None:
-        before = cfg.adapter.lora_model_dir
         model = add_adapter(
             model,
             cfg.adapter,
             new_tokens=new_token_ids(tokenizer),
-            resume_from=Path(before) if before else None,
+            resume_from=before,
             seed=seed,
         )
     _carry_template(cfg, tokenizer)
-    rows, held_out = prepared.train_dataset(), prepared.eval_dataset()
     trainer = build_trainer(cfg, model, tokenizer, rows, held_out, hardware, resume=resume.folder)
     result = run_trainer(trainer, cfg, resume.folder)
     if cfg.adapter.merge_lora and result.complete and cfg.adapter.adapter is not None and world().is_main:

@@ -246,7 +246,7 @@ def bnb_options_need_bnb(cfg: Config) -> Iterator[Problem]:
 def random_weights_are_trained_in_full(cfg: Config) -> Iterator[Problem]:
     """An adapter on frozen random weights learns next to nothing."""
     if cfg.model.reinit_weights and cfg.adapter.adapter:
-        yield conflict(
+        yield warning(
             "`reinit_weights` makes the weights random, and `adapter` then keeps them so.",
             "Delete `adapter`, or set `reinit_weights: false`.",
             "reinit_weights",

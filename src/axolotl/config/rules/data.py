@@ -159,14 +159,23 @@ def jinja_needs_its_text(cfg: Config) -> Iterator[Problem]:
 
 @rule("chat_template", "chat_template_jinja")
 def a_template_has_one_source(cfg: Config) -> Iterator[Problem]:
-    """A named template and a template's text cannot both be meant."""
-    if cfg.data.chat_template_jinja and cfg.data.chat_template not in (None, "jinja"):
-        yield conflict(
-            f"`chat_template: {cfg.data.chat_template}` and `chat_template_jinja` name two templates.",
-            "Write `chat_template: jinja`, or delete `chat_template_jinja`.",
-            "chat_template",
-            "chat_template_jinja",
-        )
+    """Only `chat_template: jinja` reads the text of a template; another name goes before it."""
+    name = cfg.data.chat_template
+    if cfg.data.chat_template_jinja and name not in (None, "jinja"):
+        if name.startswith("tokenizer_default"):
+            yield warning(
+                f"`chat_template_jinja` is used, not the tokenizer's own template as `{name}` says.",
+                "Write `chat_template: jinja`, or delete `chat_template_jinja`.",
+                "chat_template_jinja",
+                "chat_template",
+            )
+        else:
+            yield warning(
+                f"`chat_template_jinja` has no effect beside `chat_template: {name}`.",
+                "Write `chat_template: jinja`, or delete `chat_template_jinja`.",
+                "chat_template_jinja",
+                "chat_template",
+            )
 
 
 @rule("datasets", "test_datasets", "dataset_shard_num", "dataset_shard_idx")
@@ -232,13 +241,13 @@ def packed_rows_have_one_length(cfg: Config) -> Iterator[Problem]:
 
 @rule("group_by_length", "curriculum_sampling")
 def one_order_of_rows(cfg: Config) -> Iterator[Problem]:
-    """Grouping by length changes the order that curriculum sampling keeps."""
+    """Grouping by length would change the order that curriculum sampling keeps."""
     if cfg.data.group_by_length and cfg.data.curriculum_sampling:
-        yield conflict(
-            "`curriculum_sampling` keeps the order of the data, `group_by_length` changes it.",
-            "Keep one of them.",
-            "curriculum_sampling",
+        yield warning(
+            "`group_by_length` has no effect beside `curriculum_sampling`, which keeps the order of the data.",
+            "Delete one of them.",
             "group_by_length",
+            "curriculum_sampling",
         )
 
 

@@ -40,18 +40,19 @@ def a_step_has_one_size(cfg: Config) -> Iterator[Problem]:
             "batch_size",
             "gradient_accumulation_steps",
         )
-    elif train.batch_size % train.micro_batch_size:
+    elif train.batch_size < train.micro_batch_size:
         yield conflict(
-            f"`batch_size` is `{train.batch_size}`, not a multiple of `micro_batch_size` "
-            f"({train.micro_batch_size}).",
-            "Write a multiple, or use `gradient_accumulation_steps`.",
+            f"`batch_size` is `{train.batch_size}`, less than `micro_batch_size` ({train.micro_batch_size}).",
+            "Write a multiple of `micro_batch_size`, or use `gradient_accumulation_steps`.",
             "batch_size",
             "micro_batch_size",
         )
     else:
+        steps, rest = divmod(train.batch_size, train.micro_batch_size)
+        rounded = f"; it is rounded down to {train.batch_size - rest}" if rest else ""
         yield warning(
-            "`batch_size` is an older way to write `gradient_accumulation_steps`.",
-            f"Write `gradient_accumulation_steps: {train.batch_size // train.micro_batch_size}` instead.",
+            f"`batch_size` is an older way to write `gradient_accumulation_steps`{rounded}.",
+            f"Write `gradient_accumulation_steps: {steps}` instead.",
             "batch_size",
         )
 
@@ -82,11 +83,11 @@ def one_length_of_warmup(cfg: Config) -> Iterator[Problem]:
 
 @rule("embedding_lr", "embedding_lr_scale")
 def one_learning_rate_of_embeddings(cfg: Config) -> Iterator[Problem]:
-    """The embeddings' learning rate is a number or a multiple."""
+    """The embeddings' learning rate is a number or a multiple; the multiple goes first."""
     if cfg.optim.embedding_lr and cfg.optim.embedding_lr_scale:
-        yield conflict(
-            "`embedding_lr` and `embedding_lr_scale` both set the embeddings' learning rate.",
-            "Keep one of them.",
+        yield warning(
+            "`embedding_lr` has no effect beside `embedding_lr_scale`.",
+            "Delete one of them.",
             "embedding_lr",
             "embedding_lr_scale",
         )
@@ -200,7 +201,7 @@ def one_rhythm_of_saving(cfg: Config) -> Iterator[Problem]:
 
 @rule("evals_per_epoch", "eval_steps", "eval_strategy", "val_set_size", "test_datasets", verbs=TRAINING)
 def evaluation_needs_rows(cfg: Config) -> Iterator[Problem]:
-    """Without a share or datasets for it, nothing is evaluated. Many files carry evals_per_epoch all the same."""
+    """Without a share or datasets for it, nothing is evaluated: a contradiction where `val_set_size: 0` is written."""
     if _evaluates(cfg) or cfg.data.pretraining_dataset:
         return
     train = cfg.train
@@ -212,15 +213,18 @@ def evaluation_needs_rows(cfg: Config) -> Iterator[Problem]:
             "evals_per_epoch",
             "val_set_size",
         )
-    if train.eval_strategy not in (None, "no"):
+    key = "eval_strategy" if train.eval_strategy not in (None, "no") else "eval_steps"
+    if key == "eval_steps" and not train.eval_steps:
+        return
+    if cfg.is_set("val_set_size"):
         yield conflict(
-            f"`eval_strategy: {train.eval_strategy}` has nothing to evaluate on.",
+            f"`{key}` asks for an evaluation, but `val_set_size` is 0 and there are no `test_datasets`.",
             remedy,
-            "eval_strategy",
+            key,
             "val_set_size",
         )
-    elif train.eval_steps:
-        yield conflict("`eval_steps` has nothing to evaluate on.", remedy, "eval_steps", "val_set_size")
+    else:
+        yield warning(f"`{key}` has no effect: there is nothing to evaluate on.", remedy, key, "val_set_size")
 
 
 @rule(
@@ -312,8 +316,9 @@ def one_checkpoint_to_resume(cfg: Config) -> Iterator[Problem]:
 def resuming_needs_the_state(cfg: Config) -> Iterator[Problem]:
     """Weights alone cannot be resumed from."""
     if cfg.train.save_only_model and cfg.train.auto_resume_from_checkpoints:
-        yield conflict(
-            "`save_only_model` saves nothing that `auto_resume_from_checkpoints` could continue from.",
+        yield warning(
+            "`save_only_model` saves nothing that `auto_resume_from_checkpoints` could continue from: a run that "
+            "was stopped begins anew.",
             "Set one of them to false.",
             "save_only_model",
             "auto_resume_from_checkpoints",

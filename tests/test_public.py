@@ -1,0 +1,136 @@
+"""What the package promises to the outside: its names, what its pages say, and what is shipped."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+import axolotl
+from axolotl import errors
+from axolotl.cli.main import cli
+from axolotl.config import load_config
+
+PROJECT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")])
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_every_public_name_is_there() -> None:
+    assert set(axolotl.__all__) >= {"__version__", "load_config", "ConfigError", "UserError", "render_chat_template"}
+    for name in axolotl.__all__:
+        assert getattr(axolotl, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = axolotl.nothing
+
+
+def test_versions_agree() -> None:
+    assert PYPROJECT["project"]["version"] == axolotl.__version__
+    assert f"## {axolotl.__version__}" in (PROJECT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_error_tree_has_one_root() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    assert all(issubclass(kind, errors.AxolotlError) for kind in kinds)
+    assert errors.UserError("x").exit_code == 2
+
+
+@pytest.mark.parametrize("extra", ["flash-attn", "deepspeed"])
+def test_extras_that_users_type_exist(extra: str) -> None:
+    assert extra in PYPROJECT["project"]["optional-dependencies"]
+
+
+def test_every_extra_that_the_source_names_exists() -> None:
+    known = set(PYPROJECT["project"]["optional-dependencies"])
+    named: dict[str, str] = {}
+    for file in (PROJECT / "src").rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        for call in re.findall(r"require_extra\(\s*\"[\w.]+\",\s*\"([\w-]+)\"", text):
+            named[call] = file.name
+        for call in re.findall(r"axolotl\[([\w,-]+)\]", text):
+            named |= dict.fromkeys(call.split(","), file.name)
+        for call in re.findall(r"\bextra=\"([\w-]+)\"", text):
+            named[call] = file.name
+    assert {extra: file for extra, file in named.items() if extra not in known} == {}
+
+
+def test_constraints_hold_every_dependency_and_no_path() -> None:
+    text = (PROJECT / "constraints.txt").read_text(encoding="utf-8")
+    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in text.splitlines() if "==" in line}
+    for requirement in PYPROJECT["project"]["dependencies"]:
+        name = re.match(r"[\w-]+", requirement)
+        assert name
+        assert name[0].lower().replace("_", "-") in pinned
+    assert "/" not in text
+    assert "+cpu" not in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(PROJECT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http", "mailto:")):
+            assert (page.parent / target).exists(), target
+
+
+def test_readme_names_every_verb() -> None:
+    table = README.partition("## Commands")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `axolotl ([\w-]+)` \|", table, re.MULTILINE)) == set(cli.commands)
+
+
+def test_readme_tree_names_every_folder() -> None:
+    tree = README.partition("## The tree")[2].partition("\n## ")[0]
+    named = set(re.findall(r"^  (\w+)/", tree, re.MULTILINE))
+    folders = {p.name for p in (PROJECT / "src" / "axolotl").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert named == folders
+
+
+def test_readme_config_loads(tmp_path: Path) -> None:
+    block = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert block
+    config = tmp_path / "config.yml"
+    config.write_text(block[1], encoding="utf-8")
+    assert load_config(config).warnings == ()
+    assert yaml.safe_load(block[1])["adapter"] == "lora"
+
+
+def test_readme_figures_are_measured() -> None:
+    assert "RESULT:" not in README
+
+
+def test_make_targets_that_pages_name_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for page in PAGES:
+        named = re.findall(r"`?\bmake ([a-z-]+)\b(?=`|\s{2,}|\s+#|$)", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert set(named) <= targets, page.name
+
+
+def test_nothing_names_this_machine() -> None:
+    """Neither in the source nor in the pages: a clone works anywhere."""
+    here = re.compile(r"/(?:work|root|home/\w+)/|/tmp/\w")
+    for file in [*PAGES, *(PROJECT / "src").rglob("*.py"), *(PROJECT / "examples").rglob("*.yml"), PROJECT / "Makefile"]:
+        assert here.search(file.read_text(encoding="utf-8")) is None, file
+
+
+@pytest.mark.slow
+def test_wheel_brings_examples_and_deepspeed_configs(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, PROJECT], check=True
+    )
+    (wheel,) = tmp_path.glob("axolotl-*.whl")
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "site"], check=True)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+        "import axolotl, axolotl.cli.fetch as f; assert 'site' in axolotl.__file__\n"
+        "from pathlib import Path\n"
+        "for what in f.FOLDERS: f.fetch(what, Path(what))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    assert (tmp_path / "examples" / "quickstart" / "base" / "model.safetensors").is_file()
+    assert (tmp_path / "examples" / "llama-3" / "lora-1b.yml").is_file()
+    assert (tmp_path / "deepspeed_configs" / "zero1.json").is_file()
