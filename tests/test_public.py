@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +16,9 @@ import axolotl
 from axolotl import errors
 from axolotl.cli.main import cli
 from axolotl.config import load_config
+from axolotl.config.data import DataSection
+from axolotl.config.datasets import DatasetEntry
+from axolotl.data.formats import resolve_format
 
 PROJECT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")])
@@ -56,7 +60,8 @@ def test_every_extra_that_the_source_names_exists() -> None:
         for call in re.findall(r"axolotl\[([\w,-]+)\]", text):
             named |= dict.fromkeys(call.split(","), file.name)
         for call in re.findall(r"\bextra=\"([\w-]+)\"", text):
-            named[call] = file.name
+            if call != "forbid":  # pydantic's
+                named[call] = file.name
     assert {extra: file for extra, file in named.items() if extra not in known} == {}
 
 
@@ -88,6 +93,32 @@ def test_readme_tree_names_every_folder() -> None:
     named = set(re.findall(r"^  (\w+)/", tree, re.MULTILINE))
     folders = {p.name for p in (PROJECT / "src" / "axolotl").iterdir() if p.is_dir() and p.name != "__pycache__"}
     assert named == folders
+
+
+def _documented_rows() -> list[tuple[str, str]]:
+    text = (PROJECT / "docs" / "data.md").read_text(encoding="utf-8")
+    return re.findall(r"```yaml\n(.*?)```\n```json\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize(("entry", "row"), _documented_rows())
+def test_documented_rows_fit_their_entries(entry: str, row: str) -> None:
+    values = json.loads(row)
+    dataset = DatasetEntry.model_validate(yaml.safe_load(entry))
+    assert resolve_format(dataset, list(values), DataSection()).convert(values)
+
+
+def test_every_documented_row_is_tried() -> None:
+    text = (PROJECT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert text.count("```json") == text.count("```yaml") == len(_documented_rows()) >= 9
+
+
+def test_documented_format_of_ones_own() -> None:
+    text = (PROJECT / "docs" / "data.md").read_text(encoding="utf-8")
+    block = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert block
+    code = f"{block[1]}\nprint(shouted({{'text': 'quiet'}}).text)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "QUIET"
 
 
 def test_readme_config_loads(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from axolotl.errors import Place
@@ -36,5 +37,6 @@ def test_folders_ask_nobody(tmp_path: Path) -> None:
 
 
 def test_a_hub_that_answers_is_taken_at_its_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
     assert check_hub("owner/name") == []

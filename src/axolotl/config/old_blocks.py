@@ -124,11 +124,17 @@ def _fsdp_prefixes(renaming: Renaming, config: dict[Any, Any]) -> None:
             renaming.spots[at] = renaming.spots[path]
     if "cpu_offload" in config:
         config.setdefault("offload_params", config.pop("cpu_offload"))
-    strategy = config.get("sharding_strategy")
-    if strategy in ("FULL_SHARD", "SHARD_GRAD_OP") and "reshard_after_forward" not in config:
-        config["reshard_after_forward"] = strategy == "FULL_SHARD"
+    strategy = config.pop("sharding_strategy", None)
+    if strategy in ("FULL_SHARD", "SHARD_GRAD_OP"):
+        config.setdefault("reshard_after_forward", strategy == "FULL_SHARD")
+    elif not is_off(strategy):
+        renaming.warn(
+            ("fsdp_config", "sharding_strategy"),
+            f"is `{strategy}`, which has no effect: `reshard_after_forward` and `dp_replicate_size` say it today.",
+            "Write these instead.",
+        )
     for old in FSDP_LEFTOVER:
-        if old in config and not is_off(config.pop(old)) and old != "sharding_strategy":
+        if old in config and not is_off(config.pop(old)):
             renaming.warn(("fsdp_config", old), "has no effect on today's FSDP.", "Delete the line.")
 
 

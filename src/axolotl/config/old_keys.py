@@ -107,7 +107,6 @@ FSDP_LEFTOVER = (
     "backward_prefetch",
     "backward_prefetch_policy",
     "forward_prefetch",
-    "sharding_strategy",
     "xla",
     "xla_fsdp_v2",
     "xla_fsdp_grad_ckpt",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
@@ -63,6 +64,24 @@ class SelectiveCheckpointing(Block):
 
 def _newest(value: Any) -> Any:
     return "true" if value is True else value
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?\s*[smhd]\s*)+")
+
+
+def _seconds(value: Any) -> Any:
+    """`90`, `45m` or `1h 30m` in seconds; `false` is 0."""
+    if value is False:
+        return 0.0
+    if isinstance(value, str) and _DURATION.fullmatch(value.strip().lower()):
+        parts = re.findall(r"(\d+(?:\.\d+)?)\s*([smhd])", value.lower())
+        return float(sum(float(number) * _UNITS[unit] for number, unit in parts))
+    if isinstance(value, bool) or (
+        isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?", value.strip())
+    ):
+        raise ValueError("a time such as `2h`, `45m` or `1h30m`, or a number of seconds, is expected here")
+    return value
 
 
 class TrainSection(Section):
@@ -205,3 +224,11 @@ class TrainSection(Section):
     """Continue from the newest intact checkpoint in output_dir."""
     dynamic_checkpoint: DynamicCheckpoint | None = None
     """Save a checkpoint when a file appears."""
+
+    # Limits and accidents
+    max_time: Annotated[PositiveFloat | None, BeforeValidator(_seconds)] = None
+    """Time after which training saves a checkpoint and ends: `2h`, `45m`, or seconds."""
+    hang_timeout: Annotated[NonNegativeFloat, BeforeValidator(_seconds)] = 1800.0
+    """Time without a step after which the stacks of all threads are written down; `false` for never."""
+    on_oom: Literal["retry", "fail"] = "retry"
+    """When the GPU's memory runs out: halve micro_batch_size and go on from the same step, or end."""

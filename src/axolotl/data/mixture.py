@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from axolotl.errors import DataError
+from axolotl.errors import DataError, Problem
 
 if TYPE_CHECKING:
     from axolotl.config.data import DataSection
@@ -77,9 +77,14 @@ def split(rows: np.ndarray, val_set_size: float) -> tuple[np.ndarray, np.ndarray
         return rows, rows[:0]
     count = int(val_set_size) if val_set_size > 1 else math.ceil(val_set_size * len(rows))
     if count >= len(rows):
+        message = f"`val_set_size` {val_set_size:g} would hold out {count:,} of {len(rows):,} rows"
         raise DataError(
-            f"`val_set_size` {val_set_size:g} would hold out {count:,} of {len(rows):,} rows and leave nothing to train on.",
-            "Choose a smaller one: up to 1 it is a share of the rows, above 1 a number of rows.",
+            Problem(
+                f"{message} and leave nothing to train on.",
+                "Choose a smaller one: up to 1 it is a share of the rows, above 1 a number of rows.",
+                "data",
+                ("val_set_size",),
+            )
         )
     return rows[: len(rows) - count], rows[len(rows) - count :]
 

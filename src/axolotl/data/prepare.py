@@ -50,7 +50,8 @@ if TYPE_CHECKING:
 
 CHUNK_ROWS = 512
 """Input rows that are rendered together. Part of the layout on disk: a change needs a new FORMAT_VERSION."""
-_MOST_FAILURES = 20
+MOST_FAILURES = 20
+"""Rows that are named before the search for more ends."""
 
 
 def prepare(
@@ -97,7 +98,7 @@ def prepare(
         note(f"prepared data found in {final}")
     for line in summary_lines(summaries):
         note(line)
-    _check_dropped(data, summaries)
+    check_dropped(data, summaries)
     return Prepared(final, name, data, seed, summaries, reused)
 
 
@@ -127,7 +128,7 @@ def _prepare(
         except DataError:
             cache.remove(partial)
             raise
-        _check_dropped(data, summaries)
+        check_dropped(data, summaries)
         return _write_manifest(partial, tasks, summaries, parts)
 
 
@@ -153,7 +154,7 @@ def _prepare_set(folder: Path, tasks: list[Task], engine: Engine, deduplicate: b
     if seen:
         seen.close()
     if failures:
-        raise DataError([_row_problem(f) for f in failures[:_MOST_FAILURES]] + _more(failures))
+        raise DataError([row_problem(f) for f in failures[:MOST_FAILURES]] + _more(failures))
 
 
 def _prepare_dataset(
@@ -186,7 +187,7 @@ def _prepare_dataset(
             progress.advance(len(result.rows.ledger.row))
             failures += result.failures
             notes.update(result.notes)
-            if len(failures) > _MOST_FAILURES:
+            if len(failures) > MOST_FAILURES:
                 break
             if failures:  # nothing more is written: this data has to change first
                 continue
@@ -218,7 +219,8 @@ def _chunks(source: Source, start: int) -> Iterator[list[Row]]:
         yield [((row_id.file, row_id.row), row) for row_id, row in batch]
 
 
-def _row_problem(failure: RowFailure) -> Problem:
+def row_problem(failure: RowFailure) -> Problem:
+    """What is told about a row that cannot be used."""
     detail = f": {failure.detail}" if failure.detail else ""
     return Problem(
         f"row {failure.row}: {failure.reason}{detail}.",
@@ -229,7 +231,7 @@ def _row_problem(failure: RowFailure) -> Problem:
 
 
 def _more(failures: list[RowFailure]) -> list[Problem]:
-    if len(failures) <= _MOST_FAILURES:
+    if len(failures) <= MOST_FAILURES:
         return []
     return [Problem("more rows cannot be used; the search stopped here.", kind="data")]
 
@@ -274,7 +276,7 @@ def _empty_remedy(counts: Counts) -> str:
     }[max(counts.dropped, key=lambda reason: counts.dropped[reason])]
 
 
-def _check_dropped(data: DataSection, summaries: Iterable[DatasetSummary]) -> None:
+def check_dropped(data: DataSection, summaries: Iterable[DatasetSummary]) -> None:
     """Raises DataError for each dataset that lost a larger share of its rows than max_dropped_fraction."""
     limit = data.max_dropped_fraction
     if limit is None:

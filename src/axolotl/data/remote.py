@@ -15,6 +15,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,61 @@ class HubSource(Source):
             for values in zip(*batch.values(), strict=True):
                 number += 1
                 yield RowId(self.label, number), dict(zip(batch, values, strict=True))
+
+
+class HubStream(Source):
+    """Rows of a Hub dataset, read over the network one after the other."""
+
+    def __init__(self, label: str, dataset: datasets.IterableDataset, revision: str) -> None:
+        self.label, self.dataset, self.revision = label, dataset, revision
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:  # type: ignore[override]
+        return tuple(self.dataset.column_names or next(iter(self.dataset), {}))
+
+    def fingerprint_parts(self) -> dict[str, str]:
+        return {f"{self.label} on the Hub": self.revision}
+
+    def stream(self, start: int = 0) -> Iterator[tuple[RowId, Row]]:
+        number = start
+        rows = iter(self.dataset.skip(start) if start else self.dataset)
+        while True:
+            try:
+                row = next(rows, None)
+            except Exception as error:
+                if not _is_network(error):
+                    raise
+                raise DataError(
+                    f"`{self.label}`: the connection to the Hub was lost after {number:,} rows: {error}",
+                    "Run the same command with `--auto-resume-from-checkpoints`.",
+                ) from error
+            if row is None:
+                return
+            number += 1
+            yield RowId(self.label, number), dict(row)
+
+
+def stream_hub(entry: DatasetEntry, data: DataSection, place: Place, default_split: str) -> HubStream:
+    """Opens a Hub dataset without downloading it. Raises as `open_hub` does."""
+    token = True if data.hf_use_auth_token else None
+    options: dict[str, Any] = {"revision": entry.revision, "token": token}
+    if entry.data_files is not None:
+        options["data_files"] = entry.data_files
+    try:
+        info = huggingface_hub.HfApi(token=token).dataset_info(
+            str(entry.path), revision=entry.revision, timeout=30
+        )
+        # Every session of a run has to read the same state of the dataset.
+        options["revision"] = info.sha or entry.revision
+        split = entry.split or _only_split(entry, default_split, options, place)
+        dataset = datasets.load_dataset(str(entry.path), entry.name, split=split, streaming=True, **options)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise _told(error, entry, place) from error
+    return HubStream(
+        f"{entry.path}/{split}", dataset, f"{options['revision']} {entry.name or ''} {split}"
+    )
 
 
 def open_hub(

@@ -210,12 +210,19 @@ class SyntheticSource(Source):
 
 
 def open_source(
-    entry: DatasetEntry, data: DataSection, place: Place, *, default_split: str = "train", seed: int = 42
+    entry: DatasetEntry,
+    data: DataSection,
+    place: Place,
+    *,
+    default_split: str = "train",
+    seed: int = 42,
+    endless: bool = False,
 ) -> Source:
     """Opens what a dataset entry names. `place`: where the entry stands in the config.
 
     `default_split` is taken where the entry names none and there are several (train, if it is not there either);
-    `seed` decides which rows a shard holds. Raises DataError for what is not there or cannot be read, ConfigError for
+    `seed` decides which rows a shard holds; `endless` reads whole splits of the Hub row by row instead of downloading
+    them first. Raises DataError for what is not there or cannot be read, ConfigError for
     options that contradict each other, EnvironmentProblem for a missing extra.
     """
     if entry.type == "_synthetic":
@@ -237,6 +244,8 @@ def open_source(
         readers, used = local_readers(entry, place, parts, bool(entry.split))
         return FileSource(path, readers, used, shard, place)
     remote = importlib.import_module("axolotl.data.remote")
+    if endless and shard is None and len(parts) == 1 and parts[0].whole:
+        return remote.stream_hub(entry, data, place, default_split)  # type: ignore[no-any-return]
     return remote.open_hub(entry, data, place, default_split, shard)  # type: ignore[no-any-return]
 
 

@@ -41,8 +41,13 @@ class Task:
         return str(self.entry.path or self.key)
 
 
-def open_tasks(data: DataSection, tokenizer: Any, places: Callable[[str], Place], seed: int) -> list[Task]:
-    """Opens every dataset and checks what can be known before its rows are read; all mistakes come together."""
+def open_tasks(
+    data: DataSection, tokenizer: Any, places: Callable[[str], Place], seed: int, *, endless: bool = False
+) -> list[Task]:
+    """Opens every dataset and checks what can be known before its rows are read; all mistakes come together.
+
+    `endless`: datasets of the Hub are read over the network as training goes on, instead of downloaded first.
+    """
     tasks: list[Task] = []
     problems: list[Problem] = []
     facts = TokenizerFacts.of(tokenizer)
@@ -55,7 +60,7 @@ def open_tasks(data: DataSection, tokenizer: Any, places: Callable[[str], Place]
     for key, set_name, number, entry, section in entries:
         try:
             default = "train" if set_name == "train" else "test"
-            source = open_source(entry, section, places(key), default_split=default, seed=seed)
+            source = open_source(entry, section, places(key), default_split=default, seed=seed, endless=endless)
             columns = list(source.columns)
             format_ = resolve_format(entry, columns, section, places(f"{key}.type"))
             renderer = build_renderer(facts, section, entry)

@@ -116,8 +116,8 @@ class WorkerPool:
             self.close()
             raise
 
-    def map(self, job: int, chunks: Iterable[list[Row]]) -> Iterator[ChunkResult]:
-        """Processes chunks of one job; results come in the order of the chunks."""
+    def map(self, chunks: Iterable[tuple[int, list[Row]]]) -> Iterator[ChunkResult]:
+        """Processes chunks, each with the number of its job; results come in the order of the chunks."""
         done: dict[int, ChunkResult] = {}
         load = dict.fromkeys(range(len(self._tasks)), 0)
         source = enumerate(chunks)
@@ -131,7 +131,7 @@ class WorkerPool:
                     more = False
                     break
                 target = min(load, key=lambda w: load[w])
-                self._send(target, pickle.dumps((item[0], job, item[1]), protocol=5))
+                self._send(target, pickle.dumps((item[0], *item[1]), protocol=5))
                 load[target] += 1
                 sent += 1
                 self._collect(done, load, block=False)
@@ -209,9 +209,17 @@ class Engine:
         first = list(islice(rows, _FEW_CHUNKS + 1))
         if len(first) > _FEW_CHUNKS and self._has_pool(job):
             assert self._pool is not None
-            return self._pool.map(index, chain(first, rows))
+            return self._pool.map((index, chunk) for chunk in chain(first, rows))
         here = self._here = self._here or ChunkWorker(self.jobs)
         return (here.process(index, chunk) for chunk in chain(first, rows))
+
+    def stream(self, chunks: Iterable[tuple[int, list[Row]]]) -> Iterator[ChunkResult]:
+        """The same for chunks without end, each with the number of its job."""
+        if all(self._has_pool(job) for job in self.jobs):
+            assert self._pool is not None
+            return self._pool.map(chunks)
+        here = self._here = self._here or ChunkWorker(self.jobs)
+        return (here.process(index, chunk) for index, chunk in chunks)
 
     def _has_pool(self, job: Job) -> bool:
         if self._pool is None and self.workers > 1:

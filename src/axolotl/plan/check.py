@@ -33,6 +33,19 @@ ADAPTER_FLAGS = {
     "full": "Delete the line: without `adapter` the whole model is trained.",
     "none": "Delete the line: without `adapter` the whole model is trained.",
 }
+# Names that people bring from other tools.
+MEANT = {
+    "adam": "adamw_torch_fused",
+    "adamw": "adamw_torch_fused",
+    "adamw8bit": "adamw_8bit",
+    "adam8bit": "adamw_8bit",
+    "adam_8bit": "adamw_8bit",
+    "paged_adamw8bit": "paged_adamw_8bit",
+    "cosine_annealing": "cosine",
+    "cosineannealinglr": "cosine",
+    "linear_with_warmup": "linear",
+    "cosine_with_warmup": "cosine",
+}
 # Schedules that files carry and that are gone.
 SCHEDULES_GONE = ("log_sweep",)
 TEMPLATES = PACKAGE_ROOT / "data" / "templates"
@@ -76,15 +89,20 @@ def _named(cfg: Config, key: str, registry: Registry[Any]) -> Iterator[Problem]:
             f"`{key}: {name}` is gone.", f"Choose another, such as `{key}: cosine`.", key, kind="removed"
         )
     elif not own_plugins(cfg):
-        yield _unknown(cfg, key, name, registry.names())
+        yield _unknown(cfg, key, name, registry.names(), _available(registry))
 
 
-def _unknown(cfg: Config, key: str, name: str, known: Sequence[str]) -> Problem:
-    near = did_you_mean(nearest(name, known))
-    listed = ", ".join(f"`{each}`" for each in known)
-    return cfg.problem(
-        f"`{key}` is `{name}`; it takes one of {listed}.", near or f"Write one of {listed}.", key
-    )
+def _available(registry: Registry[Any]) -> list[str]:
+    """The names under which features that can be used are registered, without their aliases."""
+    entries = [registry.describe(name) for name in registry]
+    return sorted({entry.name for entry in entries if "unavailable" not in entry.facts})
+
+
+def _unknown(cfg: Config, key: str, name: str, known: Sequence[str], shown: Sequence[str]) -> Problem:
+    meant = MEANT.get(name.lower().replace("-", "_"))
+    near = did_you_mean([meant] if meant in known else nearest(name, known))
+    listed = ", ".join(f"`{each}`" for each in shown)
+    return cfg.problem(f"`{key}` is `{name}`; it takes one of {listed}.", near or "Write one of these.", key)
 
 
 def _adapter(cfg: Config) -> Iterator[Problem]:
@@ -98,7 +116,7 @@ def _adapter(cfg: Config) -> Iterator[Problem]:
         known = " or ".join(f"`{each}`" for each in ADAPTERS)
         yield cfg.problem(f"`adapter` is `{name}`; it takes {known}.", ADAPTER_FLAGS[name], "adapter")
     elif not own_plugins(cfg):
-        yield _unknown(cfg, "adapter", name, ADAPTERS)
+        yield _unknown(cfg, "adapter", name, ADAPTERS, ADAPTERS)
 
 
 def _formats(cfg: Config) -> Iterator[Problem]:
@@ -108,6 +126,13 @@ def _formats(cfg: Config) -> Iterator[Problem]:
     for name in ("datasets", "test_datasets"):
         for index, entry in enumerate(getattr(cfg.data, name)):
             key = f"{name}[{index}].type"
+            if entry.type == "pretrain":
+                yield cfg.problem(
+                    f"`{key}` is `pretrain`, a format of `pretraining_dataset`.",
+                    "Write `type: completion`, or move the entry to `pretraining_dataset:`.",
+                    key,
+                )
+                continue
             found = check_type(entry, cfg.place(key))
             if found is not None and not (own_plugins(cfg) and found.kind == "invalid_value"):
                 message = found.message[:1].upper() + found.message[1:]

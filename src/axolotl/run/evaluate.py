@@ -14,10 +14,13 @@ from axolotl.errors import DataError
 from axolotl.inference.evaluate import evaluate_loss, exact_match
 from axolotl.inference.loading import load_trained
 from axolotl.run.preprocess import prepare_data
-from axolotl.run.ready import ready
+from axolotl.run.ready import ready, told_with_places
 
 
-def evaluate(cfg: Config, *, answers: bool = False, max_rows: int | None = None, untrained: bool = False) -> dict[str, Any]:
+@told_with_places
+def evaluate(
+    cfg: Config, *, answers: bool = False, max_rows: int | None = None, untrained: bool = False
+) -> dict[str, Any]:
     """Evaluates on test_datasets, else on the rows that val_set_size holds out. Returns the figures.
 
     They are printed as one JSON line and written to `{output_dir}/evaluation.json`. `answers` also lets the model answer

@@ -14,9 +14,10 @@ from axolotl.inference.generate import Sampling
 from axolotl.inference.loading import load_trained
 from axolotl.inference.once import answer_once, read_question
 from axolotl.inference.ui import serve_page
-from axolotl.run.ready import ready
+from axolotl.run.ready import ready, told_with_places
 
 
+@told_with_places
 def inference(
     cfg: Config,
     *,
@@ -37,7 +38,9 @@ def inference(
     cfg = ready(cfg, hardware)
     chosen = Sampling(**{name: value for name, value in sampling.items() if value is not None})
     if (input_file is None) != (output_file is None):
-        raise ConfigError("`--input` and `--output` go together.", "Name both: --input ROWS.jsonl --output OUT.jsonl")
+        raise ConfigError(
+            "`--input` and `--output` go together.", "Name both: --input ROWS.jsonl --output OUT.jsonl"
+        )
     alone = not (chat or gradio or input_file)
     question = read_question(prompt, prompt_file) if alone else None
     loaded = load_trained(cfg.model, cfg.adapter, cfg.data, hardware, cfg.output.output_dir)

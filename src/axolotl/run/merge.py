@@ -11,13 +11,14 @@ from axolotl.distributed.world import detect_hardware
 from axolotl.errors import ModelError, UserError
 from axolotl.inference.loading import find_trained
 from axolotl.run.preprocess import prepare_data, stop_tokens, tokenizer_of
-from axolotl.run.ready import ready
+from axolotl.run.ready import ready, told_with_places
 from axolotl.weights.merge import MergeReport
 from axolotl.weights.merge import merge as merge_weights
 
 _SAMPLE_ROWS, _SAMPLE_TOKENS = 4, 256
 
 
+@told_with_places
 def merge(cfg: Config, *, destination: Path | None = None, base: str = "full") -> MergeReport:
     """Merges the trained adapter and writes `{output_dir}/merged`. Raises ModelError where there is none."""
     cfg = ready(cfg, detect_hardware())
@@ -59,6 +60,8 @@ def _sample_rows(cfg: Config, tokenizer: Any) -> list[list[int]]:
     try:
         rows = prepare_data(cfg, tokenizer).train_dataset()
     except UserError as error:
-        console.note(f"The merge is compared on made-up text, since the training data cannot be read: {error.problems[0].message}")
+        console.note(
+            f"The merge is compared on made-up text, since the training data cannot be read: {error.problems[0].message}"
+        )
         return []
     return [list(ids)[:_SAMPLE_TOKENS] for ids in rows[:_SAMPLE_ROWS]["input_ids"]]

@@ -16,9 +16,10 @@ from axolotl.model.files import check_base_model
 from axolotl.model.hub import check_hub
 from axolotl.model.tokenizer import load_tokenizer
 from axolotl.report.dataset import write_report
-from axolotl.run.ready import ready, refuse
+from axolotl.run.ready import ready, refuse, told_with_places
 
 
+@told_with_places
 def preprocess(
     cfg: Config, *, debug: bool = False, debug_text_only: bool = False, report: bool = False
 ) -> Prepared:
@@ -50,5 +51,7 @@ def prepare_data(cfg: Config, tokenizer: Any) -> Prepared:
 
 def stop_tokens(cfg: Config, tokenizer: Any) -> Sequence[str]:
     """The texts that end an answer in the config's datasets."""
-    texts = [t for entry in cfg.data.datasets for t in build_renderer(tokenizer, cfg.data, entry).stop_tokens()]
+    texts = [
+        t for entry in cfg.data.datasets for t in build_renderer(tokenizer, cfg.data, entry).stop_tokens()
+    ]
     return list(dict.fromkeys(texts))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 from transformers.utils import logging as transformers_logging
 
@@ -22,6 +25,31 @@ _ERRORS: dict[str, type[UserError]] = {
     "environment": EnvironmentProblem,
     "path": EnvironmentProblem,
 }
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def told_with_places(verb: Callable[Concatenate[Config, P], R]) -> Callable[Concatenate[Config, P], R]:
+    """Decorator for verbs: mistakes that were found away from the config, and so name only its keys, get their places."""
+
+    @functools.wraps(verb)
+    def wrapped(cfg: Config, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return verb(cfg, *args, **kwargs)
+        except UserError as error:
+            error.problems = tuple(_placed(cfg, problem) for problem in error.problems)
+            raise
+
+    return wrapped
+
+
+def _placed(cfg: Config, problem: Problem) -> Problem:
+    found = cfg.problem("", "", *problem.keys)
+    if problem.places or not found.places:
+        return problem
+    return replace(problem, places=found.places, excerpt=found.excerpt)
 
 
 def ready(cfg: Config, hardware: Hardware) -> Config:

@@ -14,12 +14,13 @@ from axolotl.model.load import load_model
 from axolotl.model.tokenizer import new_token_ids
 from axolotl.run.merge import merge_trained
 from axolotl.run.preprocess import prepare_data, stop_tokens, tokenizer_of
-from axolotl.run.ready import check_output, ready, refuse
+from axolotl.run.ready import check_output, ready, refuse, told_with_places
 from axolotl.train.build import attention_for, build_trainer
 from axolotl.train.session import TrainResult, resume_point, seed_everything
 from axolotl.train.session import train as run_trainer
 
 
+@told_with_places
 def train(cfg: Config) -> TrainResult:
     """Trains what the config describes and writes the result into output_dir.
 
