@@ -36,12 +36,20 @@ def main() -> None:
             assert done.returncode == 0, done.stderr
             children.append(os.times().children_user - before)
             steps = [json.loads(line) for line in (folder / "out" / "run.jsonl").read_text().splitlines()]
-            to_step.append(next(s["time"] for s in steps if s["kind"] == "train" and s["step"] == 1) - started)
+            to_step.append(
+                next(s["time"] for s in steps if s["kind"] == "train" and s["step"] == 1) - started
+            )
             to_end.append(took)
-        took, _ = timed(python("-c", "import torch, transformers, peft, datasets; from transformers import Trainer"))
+        took, _ = timed(
+            python("-c", "import torch, transformers, peft, datasets; from transformers import Trainer")
+        )
         imports.append(took)
     figures = {
-        "seconds": {"to_first_step": spread(to_step), "whole_run": spread(to_end), "importing_libraries": spread(imports)},
+        "seconds": {
+            "to_first_step": spread(to_step),
+            "whole_run": spread(to_end),
+            "importing_libraries": spread(imports),
+        },
         "ratios": {"first_step_over_importing_libraries": round(min(to_step) / min(imports), 2)},
         "cpu_seconds": spread(children),
     }

@@ -34,7 +34,9 @@ def first_adapter(folder: Path) -> Path:
     """A LoRA adapter that both sides start from."""
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"]))
+    model = get_peft_model(
+        model, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"])
+    )
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.02)
@@ -131,7 +133,13 @@ def main() -> None:
         )
         # One pack holds every row, so a step sees the same rows packed and unpacked.
         packed, packed_out = run_axolotl(
-            folder, "packed", sample_packing=True, sequence_len=12_288, micro_batch_size=1, max_steps=6, num_epochs=6
+            folder,
+            "packed",
+            sample_packing=True,
+            sequence_len=12_288,
+            micro_batch_size=1,
+            max_steps=6,
+            num_epochs=6,
         )
         apart_rows, unpacked_out = run_axolotl(
             folder, "unpacked", sequence_len=12_288, micro_batch_size=ROWS, max_steps=6, num_epochs=6

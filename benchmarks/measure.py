@@ -49,7 +49,22 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 def alpaca_rows(count: int, seed: int = 3, longest: int = 60) -> list[dict[str, str]]:
     """Instruction rows of ragged lengths."""
     r = random.Random(seed)
-    words = "river stone apple window garden boat lantern quiet narrow bright carry find lose paint".split()
+    words = [
+        "river",
+        "stone",
+        "apple",
+        "window",
+        "garden",
+        "boat",
+        "lantern",
+        "quiet",
+        "narrow",
+        "bright",
+        "carry",
+        "find",
+        "lose",
+        "paint",
+    ]
 
     def text(low: int, high: int) -> str:
         return " ".join(r.choice(words) for _ in range(r.randint(low, high)))
@@ -71,7 +86,12 @@ def quiet_environment() -> dict[str, str]:
 def record(name: str, figures: dict[str, Any], limits: dict[str, bool]) -> None:
     """Prints one JSON object, writes it to results/, and exits with 1 where a limit is missed."""
     versions = {p: importlib.metadata.version(p) for p in PACKAGES}
-    machine = {"cpus": os.cpu_count(), "processor": _processor(), "system": platform.system(), "load": os.getloadavg()[0]}
+    machine = {
+        "cpus": os.cpu_count(),
+        "processor": _processor(),
+        "system": platform.system(),
+        "load": os.getloadavg()[0],
+    }
     whole = {
         "benchmark": name,
         "date": time.strftime("%Y-%m-%d"),

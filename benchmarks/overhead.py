@@ -7,6 +7,7 @@ Both are processes of their own and take turns, so that whatever else the machin
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
@@ -53,7 +54,7 @@ def through_axolotl(config: Path, out: Path) -> list[float]:
     subprocess.run(axolotl("train", config), check=True, capture_output=True, env=quiet_environment())
     lines = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
     times = [line["time"] for line in lines if line["kind"] == "train"]
-    return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    return [later - earlier for earlier, later in itertools.pairwise(times)]
 
 
 def fastest_quarter(seconds: list[float]) -> float:
@@ -72,7 +73,8 @@ def main() -> None:
         draw = np.random.default_rng(0)
         rows = draw.integers(10, 4000, (STEPS * BATCH, LENGTH)).tolist()
         data = write_rows(
-            folder / "rows.jsonl", [{"input_ids": r, "attention_mask": [1] * LENGTH, "labels": r} for r in rows]
+            folder / "rows.jsonl",
+            [{"input_ids": r, "attention_mask": [1] * LENGTH, "labels": r} for r in rows],
         )
         config, out = folder / "config.yml", folder / "out"
         config.write_text(
@@ -80,14 +82,16 @@ def main() -> None:
             f"dataset_prepared_path: {folder}/prepared\nsequence_len: {LENGTH}\nmicro_batch_size: {BATCH}\n"
             f"max_steps: {STEPS}\nlearning_rate: {LEARNING_RATE}\noptimizer: adamw_torch_fused\nlr_scheduler: linear\n"
             f"warmup_steps: 0\nweight_decay: 0.0\nmax_grad_norm: 1.0\nbf16: false\ntf32: false\n"
-            f"logging_steps: {STRETCH}\nsave_strategy: \"no\"\n",
+            f'logging_steps: {STRETCH}\nsave_strategy: "no"\n',
             encoding="utf-8",
         )
         ours, theirs = [], []
         for _ in range(rounds):
             # The first stretch of each pays for warming up.
             command = python(__file__, "--bare", str(data))
-            done = subprocess.run(command, check=True, capture_output=True, text=True, env=quiet_environment())
+            done = subprocess.run(
+                command, check=True, capture_output=True, text=True, env=quiet_environment()
+            )
             theirs += json.loads(done.stdout)[1:]
             ours += through_axolotl(config, out)
     rates = {"axolotl": fastest_quarter(ours), "bare_loop": fastest_quarter(theirs)}
@@ -96,7 +100,10 @@ def main() -> None:
     figures = {
         "steps_per_second": {k: round(v, 3) for k, v in rates.items()},
         "steps_per_second_median": {k: round(v, 3) for k, v in middle.items()},
-        "ratios": {"axolotl_over_bare_loop": round(ratio, 4), "median": round(middle["axolotl"] / middle["bare_loop"], 4)},
+        "ratios": {
+            "axolotl_over_bare_loop": round(ratio, 4),
+            "median": round(middle["axolotl"] / middle["bare_loop"], 4),
+        },
         "work": {"steps": STEPS, "batch": BATCH, "tokens_per_row": LENGTH, "rounds": rounds},
     }
     record("overhead", figures, {"within_5_percent": ratio >= 0.95})

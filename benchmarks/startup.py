@@ -24,7 +24,9 @@ def main() -> None:
             "python_click": python("-c", "import click"),
             "help": axolotl("--help"),
             "wrong_config": axolotl("train", wrong),
-            "right_config_checked": axolotl("check", "--config-only", PROJECT / "examples/llama-3/lora-8b.yml"),
+            "right_config_checked": axolotl(
+                "check", "--config-only", PROJECT / "examples/llama-3/lora-8b.yml"
+            ),
             "python_torch": python("-c", "import torch"),
         }
         seconds: dict[str, list[float]] = {name: [] for name in commands}

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from axolotl.run.train import train
 from axolotl.cli.document import config_schema
 from axolotl.config import load_config
+from axolotl.run.train import train
 
 PROJECT = Path(__file__).resolve().parent.parent
 FOLDER = PROJECT / "examples"
@@ -30,12 +30,14 @@ def read(path: Path) -> dict[str, Any]:
 
 def rows_for(entry: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows that fit a dataset entry's type, with the fields that it names."""
-    kind = entry["type"]
+    kind = entry.get("type", "pretrain")
     if isinstance(kind, dict):
         fields = [kind[k] for k in ("field_instruction", "field_input", "field_output")]
         return [{f: f"{f} of row {n}" for f in fields} for n in range(40)]
     if kind == "alpaca":
         return [{"instruction": f"Add one to {n}.", "input": "", "output": f"{n + 1}"} for n in range(40)]
+    if kind == "pretrain":
+        return [{entry["text_column"]: "A river ran through the valley. " * (n + 1)} for n in range(40)]
     if kind == "completion":
         return [{entry.get("field", "text"): "A river ran through the valley. " * (n + 1)} for n in range(40)]
     assert kind == "chat_template", f"no rows known for {kind}"
@@ -47,7 +49,8 @@ def twin(path: Path, tmp_path: Path) -> dict[str, Any]:
     """The overrides that turn an example into something that a CPU trains in a second: same keys, tiny values."""
     config = read(path)
     entries = []
-    for number, entry in enumerate(config["datasets"]):
+    key = "datasets" if "datasets" in config else "pretraining_dataset"
+    for number, entry in enumerate(config[key]):
         data = PROJECT / entry["path"]
         if not data.exists():
             data = tmp_path / f"{number}.jsonl"
@@ -58,7 +61,7 @@ def twin(path: Path, tmp_path: Path) -> dict[str, Any]:
     quantized = config.get("load_in_4bit") or config.get("load_in_8bit")
     return {
         "base_model": str(FIXTURES / tiny),
-        "datasets": entries,
+        key: entries,
         "dataset_prepared_path": str(tmp_path / "prepared"),
         "output_dir": str(tmp_path / "out"),
         "sequence_len": 512,
@@ -80,7 +83,7 @@ def test_there_are_examples() -> None:
     names = {name(path) for path in EXAMPLES}
     assert names >= {
         "llama-3/lora-1b.yml", "llama-3/lora-8b.yml", "llama-3/qlora-8b.yml", "llama-3/full-1b.yml",
-        "llama-3/completion-1b.yml", "qwen/lora-chat-7b.yml", "qwen/tool-use-1.5b.yml", "quickstart/lora.yml",
+        "llama-3/completion-1b.yml", "llama-3/pretrain-1b.yml", "qwen/lora-chat-7b.yml", "qwen/tool-use-1.5b.yml", "quickstart/lora.yml",
     }  # fmt: skip
 
 
@@ -95,7 +98,9 @@ def test_example_loads_without_a_warning(path: Path, monkeypatch: pytest.MonkeyP
 def test_example_names_the_schema(path: Path) -> None:
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("# yaml-language-server: $schema=")
-    assert (path.parent / first.partition("$schema=")[2]).resolve() == (FOLDER / "config.schema.json").resolve()
+    assert (path.parent / first.partition("$schema=")[2]).resolve() == (
+        FOLDER / "config.schema.json"
+    ).resolve()
 
 
 def test_schema_beside_the_examples_is_fresh() -> None:

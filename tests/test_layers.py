@@ -30,16 +30,39 @@ MAY_IMPORT = {
     "optim": GROUND | {"kernels", "distributed"},
     "distributed": GROUND | {"kernels"},
     "methods": GROUND | BELOW_METHODS,
-    **{part: GROUND | BELOW_RUN | PEERS for part in PEERS},
+    **dict.fromkeys(PEERS, GROUND | BELOW_RUN | PEERS),
     "run": GROUND | BELOW_RUN | PEERS,
     "cli": GROUND | BELOW_RUN | PEERS | {"run"},
     "": {"errors", "registry", "console", "config", "run"},
     "__main__": {"cli"},
 }
-FORBIDDEN_WORDS = {"utils", "util", "manager", "helper", "helpers", "handler", "handlers", "common", "misc", "core"}
+FORBIDDEN_WORDS = {
+    "utils",
+    "util",
+    "manager",
+    "helper",
+    "helpers",
+    "handler",
+    "handlers",
+    "common",
+    "misc",
+    "core",
+}
 # Names that transformers gave to methods which we replace.
 GIVEN_NAMES = {"compute_loss_context_manager"}
-HEAVY = {"torch", "transformers", "datasets", "peft", "accelerate", "trl", "numpy", "pyarrow", "tokenizers", "rich", "jinja2"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "peft",
+    "accelerate",
+    "trl",
+    "numpy",
+    "pyarrow",
+    "tokenizers",
+    "rich",
+    "jinja2",
+}
 
 
 def files() -> list[Path]:
@@ -112,7 +135,11 @@ def test_imports_stand_at_the_top(file: Path) -> None:
     if part_of(module) == "cli":
         return
     allowed = {"axolotl.console": {"rich.console", "rich.progress"}}.get(module, set())
-    inside = [f"{name} (line {line})" for name, inside, line in imports(tree(file)) if inside and name not in allowed]
+    inside = [
+        f"{name} (line {line})"
+        for name, inside, line in imports(tree(file))
+        if inside and name not in allowed
+    ]
     assert not inside, f"{module} imports inside a function: {', '.join(inside)}"
 
 
@@ -156,7 +183,10 @@ def test_names_say_something() -> None:
 @pytest.mark.parametrize("file", files(), ids=module_of)
 def test_names_inside_say_something(file: Path) -> None:
     for node in ast.walk(tree(file)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name not in GIVEN_NAMES:
+        if (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            and node.name not in GIVEN_NAMES
+        ):
             words = {w.lower() for w in re.findall(r"[A-Z]?[a-z]+", node.name)}
             assert not words & FORBIDDEN_WORDS, f"{node.name} (line {node.lineno})"
 
@@ -180,5 +210,7 @@ def test_every_file_says_what_it_is(file: Path) -> None:
 )
 def test_importing_loads_nothing_heavy(statement: str, forbidden: set[str]) -> None:
     code = f"import sys; {statement}; print(*sorted({{m.split('.')[0] for m in sys.modules}}))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert not forbidden & set(loaded)

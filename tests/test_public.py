@@ -27,7 +27,13 @@ PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8
 
 
 def test_every_public_name_is_there() -> None:
-    assert set(axolotl.__all__) >= {"__version__", "load_config", "ConfigError", "UserError", "render_chat_template"}
+    assert set(axolotl.__all__) >= {
+        "__version__",
+        "load_config",
+        "ConfigError",
+        "UserError",
+        "render_chat_template",
+    }
     for name in axolotl.__all__:
         assert getattr(axolotl, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
@@ -91,7 +97,9 @@ def test_readme_names_every_verb() -> None:
 def test_readme_tree_names_every_folder() -> None:
     tree = README.partition("## The tree")[2].partition("\n## ")[0]
     named = set(re.findall(r"^  (\w+)/", tree, re.MULTILINE))
-    folders = {p.name for p in (PROJECT / "src" / "axolotl").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    folders = {
+        p.name for p in (PROJECT / "src" / "axolotl").iterdir() if p.is_dir() and p.name != "__pycache__"
+    }
     assert named == folders
 
 
@@ -137,21 +145,29 @@ def test_readme_figures_are_measured() -> None:
 def test_make_targets_that_pages_name_exist() -> None:
     targets = set(re.findall(r"^([\w-]+):", (PROJECT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for page in PAGES:
-        named = re.findall(r"`?\bmake ([a-z-]+)\b(?=`|\s{2,}|\s+#|$)", page.read_text(encoding="utf-8"), re.MULTILINE)
+        named = re.findall(
+            r"`?\bmake ([a-z-]+)\b(?=`|\s{2,}|\s+#|$)", page.read_text(encoding="utf-8"), re.MULTILINE
+        )
         assert set(named) <= targets, page.name
 
 
 def test_nothing_names_this_machine() -> None:
     """Neither in the source nor in the pages: a clone works anywhere."""
     here = re.compile(r"/(?:work|root|home/\w+)/|/tmp/\w")
-    for file in [*PAGES, *(PROJECT / "src").rglob("*.py"), *(PROJECT / "examples").rglob("*.yml"), PROJECT / "Makefile"]:
+    for file in [
+        *PAGES,
+        *(PROJECT / "src").rglob("*.py"),
+        *(PROJECT / "examples").rglob("*.yml"),
+        PROJECT / "Makefile",
+    ]:
         assert here.search(file.read_text(encoding="utf-8")) is None, file
 
 
 @pytest.mark.slow
 def test_wheel_brings_examples_and_deepspeed_configs(tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, PROJECT], check=True
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, PROJECT],
+        check=True,
     )
     (wheel,) = tmp_path.glob("axolotl-*.whl")
     subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, tmp_path / "site"], check=True)

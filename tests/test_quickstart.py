@@ -66,7 +66,15 @@ def test_every_question_has_one_answer() -> None:
 def test_the_base_has_read_nothing_of_the_task() -> None:
     dates = module("dates")
     names = {n.lower() for n in (*dates.MONTHS, *dates.SHORT, *dates.WEEKDAYS)} | {"sep"}
-    names |= {day[:3].lower() for day in dates.WEEKDAYS} | {"date", "day", "month", "year", "calendar", "week", "weekday"}
+    names |= {day[:3].lower() for day in dates.WEEKDAYS} | {
+        "date",
+        "day",
+        "month",
+        "year",
+        "calendar",
+        "week",
+        "weekday",
+    }
     iso = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\(\s*[dmy]\W[dmy]\W[dmy]\s*\)", re.IGNORECASE)
     words: set[str] = set()
     for text in module("corpus").rows():
@@ -89,9 +97,9 @@ def test_base_is_small_and_has_the_shape_that_the_script_writes(tmp_path: Path) 
     assert (tmp_path / "tokenizer.json").read_text() == (FOLDER / "base" / "tokenizer.json").read_text()
     config = architecture.build_config(tokenizer).to_dict()
     shipped = json.loads((FOLDER / "base" / "config.json").read_text())
-    assert {k: config[k] for k in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")} == {
-        k: shipped[k] for k in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
-    }
+    assert {
+        k: config[k] for k in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+    } == {k: shipped[k] for k in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")}
     weights = FOLDER / "base" / "model.safetensors"
     assert weights.stat().st_size <= 12_000_000
     with safe_open(weights, "numpy") as tensors:
@@ -125,7 +133,13 @@ def test_base_config_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     ("before", "after", "rows", "fails"),
-    [(0.0, 97.0, 400, False), (5.0, 90.0, 200, False), (5.5, 97.0, 400, True), (0.0, 89.9, 400, True), (0, 97, 199, True)],
+    [
+        (0.0, 97.0, 400, False),
+        (5.0, 90.0, 200, False),
+        (5.5, 97.0, 400, True),
+        (0.0, 89.9, 400, True),
+        (0, 97, 199, True),
+    ],
 )
 def test_missed_figures_fail(
     before: float,
@@ -171,8 +185,15 @@ def test_the_prompt_is_no_row_of_the_data() -> None:
 @pytest.mark.slow
 def test_the_whole_quickstart(tmp_path: Path) -> None:
     """As a stranger runs it, without a terminal, in a copy."""
-    shutil.copytree(FOLDER, tmp_path / "examples" / "quickstart", ignore=shutil.ignore_patterns("__pycache__"))
-    options: dict[str, Any] = {"cwd": tmp_path, "stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    shutil.copytree(
+        FOLDER, tmp_path / "examples" / "quickstart", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    options: dict[str, Any] = {
+        "cwd": tmp_path,
+        "stdin": subprocess.DEVNULL,
+        "capture_output": True,
+        "text": True,
+    }
     result = subprocess.run([sys.executable, "examples/quickstart/run.py"], timeout=1500, **options)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     figures, answer = result.stdout.strip().splitlines()[-2:]

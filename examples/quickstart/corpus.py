@@ -15,22 +15,150 @@ SEED = 7
 ROWS = 48_000
 PAIRS_PER_ROW = 12
 
-UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
-IRREGULAR = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth", "twelve": "twelfth"}
+UNITS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+TENS = ["zero", "ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+IRREGULAR = {
+    "one": "first",
+    "two": "second",
+    "three": "third",
+    "five": "fifth",
+    "eight": "eighth",
+    "nine": "ninth",
+    "twelve": "twelfth",
+}
 
-PEOPLE = "Ada Ben Cora Dan Eli Fay Gus Hana Ida Jon Kim Lea Max Nia Otto Pia Ray Sol Tom Uma Vic Wes Xena Yan Zoe".split()
-THINGS = "apple boat chair drum engine feather garden hammer island jacket kettle ladder mirror needle orange pencil quilt river stone table umbrella violin window basket cloud".split()
-PLACES = "harbour forest kitchen orchard station bridge library valley school castle meadow tower village bakery".split()
-QUALITIES = "old red small bright heavy quiet narrow golden broken gentle strange empty clever blue round warm".split()
-ACTIONS = "found lost painted carried sold borrowed repaired dropped counted hid washed moved kept bought".split()
+PEOPLE = [
+    "Ada",
+    "Ben",
+    "Cora",
+    "Dan",
+    "Eli",
+    "Fay",
+    "Gus",
+    "Hana",
+    "Ida",
+    "Jon",
+    "Kim",
+    "Lea",
+    "Max",
+    "Nia",
+    "Otto",
+    "Pia",
+    "Ray",
+    "Sol",
+    "Tom",
+    "Uma",
+    "Vic",
+    "Wes",
+    "Xena",
+    "Yan",
+    "Zoe",
+]
+THINGS = [
+    "apple",
+    "boat",
+    "chair",
+    "drum",
+    "engine",
+    "feather",
+    "garden",
+    "hammer",
+    "island",
+    "jacket",
+    "kettle",
+    "ladder",
+    "mirror",
+    "needle",
+    "orange",
+    "pencil",
+    "quilt",
+    "river",
+    "stone",
+    "table",
+    "umbrella",
+    "violin",
+    "window",
+    "basket",
+    "cloud",
+]
+PLACES = [
+    "harbour",
+    "forest",
+    "kitchen",
+    "orchard",
+    "station",
+    "bridge",
+    "library",
+    "valley",
+    "school",
+    "castle",
+    "meadow",
+    "tower",
+    "village",
+    "bakery",
+]
+QUALITIES = [
+    "old",
+    "red",
+    "small",
+    "bright",
+    "heavy",
+    "quiet",
+    "narrow",
+    "golden",
+    "broken",
+    "gentle",
+    "strange",
+    "empty",
+    "clever",
+    "blue",
+    "round",
+    "warm",
+]
+ACTIONS = [
+    "found",
+    "lost",
+    "painted",
+    "carried",
+    "sold",
+    "borrowed",
+    "repaired",
+    "dropped",
+    "counted",
+    "hid",
+    "washed",
+    "moved",
+    "kept",
+    "bought",
+]
 LISTS = {
-    "Greek letter": "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau upsilon phi chi psi omega".split(),
-    "colour": "red orange yellow green blue indigo violet".split(),
-    "note": "do re mi fa sol la ti".split(),
-    "finger": "thumb index middle ring little".split(),
-    "tree": "alder ash beech birch cedar cherry elm fir hazel larch lime maple oak pine poplar willow yew".split(),
-    "animal": "ant bear cat dog eagle fox goat horse ibis jackal koala lion mouse newt owl pig quail rabbit snake tiger".split(),
+    "Greek letter": ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi", "omicron", "pi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega"],
+    "colour": ["red", "orange", "yellow", "green", "blue", "indigo", "violet"],
+    "note": ["do", "re", "mi", "fa", "sol", "la", "ti"],
+    "finger": ["thumb", "index", "middle", "ring", "little"],
+    "tree": ["alder", "ash", "beech", "birch", "cedar", "cherry", "elm", "fir", "hazel", "larch", "lime", "maple", "oak", "pine", "poplar", "willow", "yew"],
+    "animal": ["ant", "bear", "cat", "dog", "eagle", "fox", "goat", "horse", "ibis", "jackal", "koala", "lion", "mouse", "newt", "owl", "pig", "quail", "rabbit", "snake", "tiger"],
 }  # fmt: skip
 
 
@@ -86,7 +214,11 @@ def _list_place(r: random.Random) -> tuple[str, str]:
     n = r.randrange(len(members))
     name = members[n]
     name = r.choice((name, name, name.upper(), name.lower()))
-    return (f"place of {name}", str(n + 1)) if r.random() < 0.5 else (f"place of {name}, two digits", f"{n + 1:02d}")
+    return (
+        (f"place of {name}", str(n + 1))
+        if r.random() < 0.5
+        else (f"place of {name}, two digits", f"{n + 1:02d}")
+    )
 
 
 def _reorder(r: random.Random) -> tuple[str, str]:
@@ -110,6 +242,17 @@ def _reorder_padded(r: random.Random) -> tuple[str, str]:
     return f"digits {digits} with {b!r}: {shown}", b.join(padded)
 
 
+def _by_label(r: random.Random) -> tuple[str, str]:
+    """Fields under letters: which stands where is said before or behind them."""
+    labels = r.sample("abcefghijkpqrs", r.randint(2, 3))
+    fields = [str(some_number(r)) if r.random() < 0.8 else word(r) for _ in labels]
+    between = r.choice("/., ")
+    shown, names = between.join(fields), between.join(labels)
+    shown = f"{shown} ({names})" if r.random() < 0.5 else f"{names} {shown}"
+    wanted = r.sample(labels, r.randint(1, len(labels)))
+    return f"{' '.join(wanted)} of {shown}", " ".join(fields[labels.index(w)] for w in wanted)
+
+
 def _numbers_inside(r: random.Random) -> tuple[str, str]:
     numbers = [some_number(r) for _ in range(r.randint(1, 3))]
     text = " and ".join(f"{n} {r.choice(QUALITIES)} {r.choice(THINGS)}s" for n in numbers)
@@ -127,7 +270,9 @@ def _last(r: random.Random) -> tuple[str, str]:
     return f"{ordinal_words(n + 1)} word of: {' '.join(words)}", words[n]
 
 
-def _of(make: Callable[[int], tuple[str, str]], top: int, low: int = 0) -> Callable[[random.Random], tuple[str, str]]:
+def _of(
+    make: Callable[[int], tuple[str, str]], top: int, low: int = 0
+) -> Callable[[random.Random], tuple[str, str]]:
     return lambda r: make(r.randrange(low, top))
 
 
@@ -150,10 +295,20 @@ PUZZLES: list[Callable[[random.Random], tuple[str, str]]] = [
     _reorder,
     _reorder_padded,
     _reorder_padded,
+    _by_label,
+    _by_label,
     _numbers_inside,
     _pad,
     _last,
 ]
+
+
+def puzzle(r: random.Random) -> tuple[str, str]:
+    """A question and its answer; where the answer has no letters, the question may stand in capitals."""
+    question, answer = r.choice(PUZZLES)(r)
+    if answer.upper() == answer.lower() and r.random() < 0.25:
+        question = question.upper()
+    return question, answer
 
 
 def rows(count: int = ROWS, seed: int = SEED) -> Iterator[str]:
@@ -163,8 +318,10 @@ def rows(count: int = ROWS, seed: int = SEED) -> Iterator[str]:
         if r.random() < 0.2:
             yield " ".join(sentence(r) for _ in range(r.randint(6, 14)))
         else:
-            asked = (r.choice(PUZZLES)(r) for _ in range(PAIRS_PER_ROW))
-            yield "".join(f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n" for q, a in asked)
+            asked = (puzzle(r) for _ in range(PAIRS_PER_ROW))
+            yield "".join(
+                f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n{a}<|im_end|>\n" for q, a in asked
+            )
 
 
 if __name__ == "__main__":

@@ -19,14 +19,55 @@ TRAIN_ROWS = 8_000
 HELDOUT_ROWS = 400
 FIRST, LAST = datetime.date(1950, 1, 1), datetime.date(2049, 12, 31)
 
-MONTHS = "January February March April May June July August September October November December".split()
-SHORT = "Jan Feb Mar Apr May Jun Jul Aug Sept Oct Nov Dec".split()
-WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-ORDINALS = (
-    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth "
-    "sixteenth seventeenth eighteenth nineteenth twentieth twenty-first twenty-second twenty-third twenty-fourth "
-    "twenty-fifth twenty-sixth twenty-seventh twenty-eighth twenty-ninth thirtieth thirty-first"
-).split()
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
+SHORT = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sept", "Oct", "Nov", "Dec"]
+WEEKDAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+ORDINALS = [
+    "first",
+    "second",
+    "third",
+    "fourth",
+    "fifth",
+    "sixth",
+    "seventh",
+    "eighth",
+    "ninth",
+    "tenth",
+    "eleventh",
+    "twelfth",
+    "thirteenth",
+    "fourteenth",
+    "fifteenth",
+    "sixteenth",
+    "seventeenth",
+    "eighteenth",
+    "nineteenth",
+    "twentieth",
+    "twenty-first",
+    "twenty-second",
+    "twenty-third",
+    "twenty-fourth",
+    "twenty-fifth",
+    "twenty-sixth",
+    "twenty-seventh",
+    "twenty-eighth",
+    "twenty-ninth",
+    "thirtieth",
+    "thirty-first",
+]
 
 
 def ordinal(n: int) -> str:
@@ -57,10 +98,11 @@ def write(date: datetime.date, r: random.Random) -> str:
             f"{weekday}, {month} the {ORDINALS[date.day - 1]} {year}",
             f"{date.day}-{SHORT[date.month - 1]}-{date.year}",
             f"{date.year} {month} {date.day}",
-            f"{date.day}/{date.month}/{short_year} (d/m/y)",
-            f"d/m/y {date.day}/{date.month}/{short_year}",
-            f"{date.month}/{date.day}/{short_year} (m/d/y)",
-            f"m/d/y {date.month}/{date.day}/{short_year}",
+            # These two are the hardest to tell apart, so they come more often.
+            *(f"{date.day}/{date.month}/{short_year} (d/m/y)", f"d/m/y {date.day}/{date.month}/{short_year}")
+            * 2,
+            *(f"{date.month}/{date.day}/{short_year} (m/d/y)", f"m/d/y {date.month}/{date.day}/{short_year}")
+            * 2,
             f"{date.day:02d}.{date.month:02d}.{date.year} (d.m.y)",
             f"{date.year}/{date.month}/{date.day}",
         )
@@ -74,7 +116,10 @@ def rows(seed: int = SEED) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     dates = [FIRST + datetime.timedelta(days=n) for n in range((LAST - FIRST).days + 1)]
     r.shuffle(dates)
     unseen, seen = dates[: 2 * HELDOUT_ROWS], dates[2 * HELDOUT_ROWS :]
-    train = [{"question": write(d, r), "answer": d.isoformat()} for d in (r.choice(seen) for _ in range(TRAIN_ROWS))]
+    train = [
+        {"question": write(d, r), "answer": d.isoformat()}
+        for d in (r.choice(seen) for _ in range(TRAIN_ROWS))
+    ]
     everything = "\n".join(f"{row['question']}\n{row['answer']}" for row in train)
     heldout: dict[str, str] = {}
     for d in unseen:
@@ -89,5 +134,8 @@ if __name__ == "__main__":
     for name, part in zip(("train", "heldout"), rows(), strict=True):
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as out:
             for row in part:
-                messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+                messages = [
+                    {"role": "user", "content": row["question"]},
+                    {"role": "assistant", "content": row["answer"]},
+                ]
                 out.write(json.dumps({"messages": messages}) + "\n")

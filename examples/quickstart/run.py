@@ -60,9 +60,13 @@ def main() -> None:
     with contextlib.redirect_stdout(answer):
         axolotl("inference", CONFIG, "--base-model", MERGED, "--prompt", asked, "--max-new-tokens", "32")
     command, _, answer_text = answer.getvalue().strip().partition("\n")
-    print(f"\n{command}\n\nheld-out exact match before: {before:.1f} % after: {after:.1f} % ({rows} rows)\n{answer_text}")
+    print(
+        f"\n{command}\n\nheld-out exact match before: {before:.1f} % after: {after:.1f} % ({rows} rows)\n{answer_text}"
+    )
     if before > BEFORE_AT_MOST or after < AFTER_AT_LEAST or rows < ROWS_AT_LEAST:
-        sys.exit(f"The figures are missed: at most {BEFORE_AT_MOST} % before, at least {AFTER_AT_LEAST} % after.")
+        sys.exit(
+            f"The figures are missed: at most {BEFORE_AT_MOST} % before, at least {AFTER_AT_LEAST} % after."
+        )
 
 
 if __name__ == "__main__":

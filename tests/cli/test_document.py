@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from axolotl.cli.document import (
     PAGE,
@@ -141,6 +142,25 @@ def test_the_schema_accepts_our_examples() -> None:
             k for k, v in written.items() if not accepts(schema["properties"][k], v, schema["definitions"])
         ]
         assert wrong == [], file
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "bfloat16: auto",
+        "gradient_checkpointing: unsloth",
+        "tokens: {pad_token: <p>}",
+        "save_steps: 0",
+        "wandb_name: 7",
+        "fsdp_config: {fsdp_offload_params: true, version: 2, fsdp_sharding_strategy: FULL_SHARD}",
+        "datasets: [{path: a, message_field_role: from, train_on_split: train}]",
+    ],
+)
+def test_the_schema_accepts_the_forms_of_old_that_load(text: str) -> None:
+    schema = config_schema()
+    [(key, value)] = yaml.safe_load(text).items()
+    assert accepts(schema["properties"][key], value, schema["definitions"])
+    assert not accepts(schema["properties"][key], {"no": "such"}, schema["definitions"])
 
 
 def test_the_examples_carry_the_modeline() -> None:

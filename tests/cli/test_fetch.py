@@ -16,7 +16,9 @@ def test_everything_shipped_arrives(what: str, tmp_path: Path) -> None:
     target = fetch(what, tmp_path / "here")
     names = {f.relative_to(target) for f in target.rglob("*") if f.is_file()}
     source = shipped(what)
-    expected = {f.relative_to(source) for f in source.rglob("*") if f.is_file() and "__pycache__" not in f.parts}
+    expected = {
+        f.relative_to(source) for f in source.rglob("*") if f.is_file() and "__pycache__" not in f.parts
+    }
     assert names == expected
     assert names
 

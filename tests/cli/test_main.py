@@ -69,11 +69,17 @@ def test_help_imports_no_heavy_library(args: list[str]) -> None:
         (["--lora-r=8", "a.yml"], ["a.yml"], ["--lora-r=8"]),
         (["a.yml", "--trl.beta", "-0.1"], ["a.yml"], ["--trl.beta", "-0.1"]),
         (["a.yml", "--base-model-config", "c.yml"], ["a.yml"], ["--base-model-config", "c.yml"]),
-        (["a.yml", "--lora-target-modules", "[q_proj, v_proj]"], ["a.yml"], ["--lora-target-modules", "[q_proj, v_proj]"]),
+        (
+            ["a.yml", "--lora-target-modules", "[q_proj, v_proj]"],
+            ["a.yml"],
+            ["--lora-target-modules", "[q_proj, v_proj]"],
+        ),
         (["https://host/a.yml", "--strict"], ["https://host/a.yml"], ["--strict"]),
     ],
 )
-def test_files_and_overrides_are_told_apart(args: list[str], sources: list[str], overrides: list[str]) -> None:
+def test_files_and_overrides_are_told_apart(
+    args: list[str], sources: list[str], overrides: list[str]
+) -> None:
     assert split_arguments(args) == (sources, overrides)
 
 
@@ -101,7 +107,9 @@ def _temporary_verb(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> st
 
 
 def test_a_users_mistake_has_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = CliRunner().invoke(cli, [_temporary_verb(monkeypatch, DataError("row `7` is empty", "remove it"))])
+    result = CliRunner().invoke(
+        cli, [_temporary_verb(monkeypatch, DataError("row `7` is empty", "remove it"))]
+    )
     assert result.exit_code == 2
     assert isinstance(result.exception, SystemExit)
 
@@ -117,7 +125,9 @@ def test_ctrl_c_leaves_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("module", ["axolotl", "axolotl.cli.main"])
 def test_runs_as_a_module(module: str) -> None:
-    result = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True
+    )
     assert __version__ in result.stdout
 
 

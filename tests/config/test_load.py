@@ -242,7 +242,7 @@ def test_a_variable_that_is_not_set_is_told(write: Write) -> None:
             "`transformer_layer`",
             "transformer_layer_cls_to_wrap",
         ),
-        ("resume_from_checkpoint: true", "invalid_value", 25, "`true`", "auto_resume_from_checkpoints"),
+        ("resume_from_checkpoint: [a]", "invalid_value", 25, "a list", "auto_resume_from_checkpoints"),
         ("rl: dpo", "unavailable", 1, "preference tuning", ""),
         ("datasets: []", "duplicate_key", 1, "line 2", ""),
         ("rope_scaling: {type: x}", "removed", 1, "`rope_scaling`", "overrides_of_model_config"),

@@ -9,6 +9,7 @@ import pytest
 from axolotl.config import load_config
 from axolotl.config.descriptions import state
 from axolotl.config.keys import owner
+from axolotl.config.old_keys import RENAMED
 from axolotl.config.rules import RULES
 from axolotl.errors import ConfigError, Problem
 
@@ -39,6 +40,55 @@ BROKEN = [
         "conflict",
         "dataset_exact_deduplication skip_prepare_dataset",
     ),
+    (
+        "a_stream_needs_its_steps",
+        "datasets:\npretraining_dataset: a",
+        "missing",
+        "pretraining_dataset max_steps",
+    ),
+    ("a_stream_needs_its_steps", "streaming: true", "missing", "streaming max_steps"),
+    (
+        "a_stream_holds_no_rows_out",
+        "streaming: true\nmax_steps: 5\nval_set_size: 0.1",
+        "warning",
+        "val_set_size streaming",
+    ),
+    (
+        "evaluation_needs_rows",
+        "streaming: true\nmax_steps: 5\nval_set_size: 0.1\neval_steps: 2",
+        "warning",
+        "eval_steps val_set_size",
+    ),
+    (
+        "the_best_needs_evaluation",
+        "streaming: true\nmax_steps: 5\nval_set_size: 0.1\neval_steps: 2\nearly_stopping_patience: 3",
+        "conflict",
+        "early_stopping_patience val_set_size",
+    ),
+    (
+        "one_kind_of_training_data",
+        "pretraining_dataset: b\nmax_steps: 5",
+        "conflict",
+        "pretraining_dataset datasets",
+    ),
+    (
+        "every_corpus_has_a_path",
+        "datasets:\npretraining_dataset: {skip: 3}\nmax_steps: 5",
+        "missing",
+        "pretraining_dataset[0].path",
+    ),
+    (
+        "a_stream_is_never_whole",
+        "streaming: true\nmax_steps: 5\ndataset_exact_deduplication: true",
+        "conflict",
+        "dataset_exact_deduplication streaming",
+    ),
+    (
+        "pretraining_keys_need_a_corpus",
+        "pretrain_multipack_attn: false",
+        "warning",
+        "pretrain_multipack_attn",
+    ),
     ("uploads_need_the_token", "push_dataset_to_hub: me", "conflict", "push_dataset_to_hub"),
     ("jinja_needs_its_text", "chat_template: jinja", "missing", "chat_template"),
     (
@@ -50,8 +100,14 @@ BROKEN = [
     (
         "a_template_has_one_source",
         "chat_template: chatml\nchat_template_jinja: t.jinja",
-        "conflict",
-        "chat_template chat_template_jinja",
+        "warning",
+        "chat_template_jinja chat_template",
+    ),
+    (
+        "a_template_has_one_source",
+        "chat_template: tokenizer_default\nchat_template_jinja: t.jinja",
+        "warning",
+        "chat_template_jinja chat_template",
     ),
     (
         "shards_are_counted_from_zero",
@@ -87,8 +143,8 @@ BROKEN = [
     (
         "one_order_of_rows",
         "curriculum_sampling: true\ngroup_by_length: true",
-        "conflict",
-        "curriculum_sampling group_by_length",
+        "warning",
+        "group_by_length curriculum_sampling",
     ),
     (
         "conversation_keys_need_conversations",
@@ -109,7 +165,8 @@ BROKEN = [
         "conflict",
         "batch_size gradient_accumulation_steps",
     ),
-    ("a_step_has_one_size", "batch_size: 5\nmicro_batch_size: 2", "conflict", "batch_size micro_batch_size"),
+    ("a_step_has_one_size", "batch_size: 1\nmicro_batch_size: 2", "conflict", "batch_size micro_batch_size"),
+    ("a_step_has_one_size", "batch_size: 5\nmicro_batch_size: 2", "warning", "batch_size"),
     ("a_step_has_one_size", "batch_size: 4\nmicro_batch_size: 2", "warning", "batch_size"),
     (
         "loading_ahead_needs_workers",
@@ -121,7 +178,7 @@ BROKEN = [
     (
         "one_learning_rate_of_embeddings",
         "embedding_lr: 1\nembedding_lr_scale: 1",
-        "conflict",
+        "warning",
         "embedding_lr embedding_lr_scale",
     ),
     ("adam_keys_need_adam", "optimizer: sgd\nadam_beta1: 0.9", "warning", "adam_beta1 optimizer"),
@@ -160,7 +217,9 @@ BROKEN = [
         "save_strategy saves_per_epoch",
     ),
     ("evaluation_needs_rows", "evals_per_epoch: 4", "warning", "evals_per_epoch"),
-    ("evaluation_needs_rows", "eval_steps: 4", "conflict", "eval_steps"),
+    ("evaluation_needs_rows", "eval_steps: 4", "warning", "eval_steps"),
+    ("evaluation_needs_rows", "eval_strategy: epoch", "warning", "eval_strategy"),
+    ("evaluation_needs_rows", "eval_steps: 4\nval_set_size: 0", "conflict", "eval_steps val_set_size"),
     (
         "evaluation_needs_rows",
         "eval_strategy: epoch\nval_set_size: 0",
@@ -197,7 +256,7 @@ BROKEN = [
     (
         "resuming_needs_the_state",
         "save_only_model: true\nauto_resume_from_checkpoints: true",
-        "conflict",
+        "warning",
         "save_only_model auto_resume_from_checkpoints",
     ),
     ("the_watchdog_needs_a_threshold", "loss_watchdog_patience: 3", "warning", "loss_watchdog_patience"),
@@ -278,7 +337,7 @@ BROKEN = [
     (
         "random_weights_are_trained_in_full",
         LORA + "\nreinit_weights: true",
-        "conflict",
+        "warning",
         "reinit_weights adapter",
     ),
     (
@@ -345,7 +404,7 @@ BROKEN = [
         "one_version_of_fsdp",
         "fsdp_version: 2\nfsdp_config: {version: 1}",
         "conflict",
-        "fsdp_version fsdp_config.fsdp_version",
+        "fsdp_version fsdp_config.version",
     ),
     (
         "one_version_of_fsdp",
@@ -400,7 +459,7 @@ BROKEN = [
         "shared_rows_have_limits",
         "sequence_parallel_degree: 2\nsdp_attention: true",
         "conflict",
-        "attn_implementation context_parallel_size",
+        "attn_implementation sequence_parallel_degree",
     ),
     (
         "one_limit_of_memory",
@@ -441,7 +500,9 @@ def test_a_broken_rule_is_told(
     problem = found[0]
     assert problem.kind == kind
     assert set(keys.split()) <= set(problem.keys)
-    assert {key.split(".")[0].split("[")[0] for key in problem.keys} <= set(rule.keys) | {
+    assert {RENAMED.get(k, k) for k in (key.split(".")[0].split("[")[0] for key in problem.keys)} <= set(
+        rule.keys
+    ) | {
         "streaming",
         "pretraining_dataset",
     }

@@ -20,7 +20,8 @@ import yaml
 TESTS = Path(__file__).resolve().parents[1]
 SAVE_STEPS = 3
 FIGURES = ("loss", "ppl", "grad_norm", "learning_rate", "tokens", "trained_tokens", "eval_loss", "eval_ppl")
-WORDS = "river stone apple window garden boat lantern quiet narrow bright carry find lose paint".split()
+_WORDS = "river stone apple window garden boat lantern quiet narrow bright carry find lose paint"
+WORDS = _WORDS.split()
 
 
 def environment() -> dict[str, str]:
@@ -105,7 +106,7 @@ class Bench:
             "datasets": [{"path": "rows.jsonl", "type": "alpaca"}],
             "dataset_prepared_path": "prepared",
             "output_dir": out,
-            "sequence_len": 128,
+            "sequence_len": 256,
             "sample_packing": True,
             "val_set_size": 0.1,
             "adapter": "lora",
@@ -115,7 +116,7 @@ class Bench:
             "lora_target_linear": True,
             "micro_batch_size": 1,
             "gradient_accumulation_steps": 2,
-            "num_epochs": 2,
+            "num_epochs": 3,
             "evals_per_epoch": 2,
             "save_steps": SAVE_STEPS,
             "save_total_limit": 3,
@@ -149,7 +150,9 @@ class Bench:
         if not (self.undisturbed / "adapter_model.safetensors").exists():
             name = self.config("undisturbed")
             command = [sys.executable, "-m", "axolotl", "train", name]
-            subprocess.run(command, cwd=self.folder, env=environment(), check=True, capture_output=True, timeout=300)
+            subprocess.run(
+                command, cwd=self.folder, env=environment(), check=True, capture_output=True, timeout=300
+            )
 
     def said(self, out: str) -> str:
         """All that the commands have printed."""
@@ -212,7 +215,9 @@ def steps_logged(out: Path) -> int:
         return 0
 
 
-def kill_at_random(bench: Bench, out: str, draw: random.Random, number: signal.Signals, *, saving: bool) -> str:
+def kill_at_random(
+    bench: Bench, out: str, draw: random.Random, number: signal.Signals, *, saving: bool
+) -> str:
     """Starts the command and sends it a signal, inside a save or after a random number of steps; says where."""
     child, folder = bench.start(out), bench.folder / out
     if saving:

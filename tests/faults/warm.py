@@ -7,6 +7,7 @@ Reads one JSON object per line from stdin: {"start": {argv, cwd, log, env, fault
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -32,13 +33,14 @@ def child(order: dict) -> None:
 
 def main() -> None:
     """Serves until stdin ends."""
-    import axolotl.report.run
-    import axolotl.run.train
-    import peft
-    import torch
-
-    torch.set_num_threads(1)
-    del peft
+    for name in (
+        "axolotl.run.train",
+        "axolotl.cli.main",
+        "axolotl.plan.check",
+        "axolotl.cli.overrides",
+        "peft",
+    ):
+        importlib.import_module(name)
     codes: dict[int, int] = {}
     for line in sys.stdin:
         order = json.loads(line)

@@ -36,6 +36,10 @@ def load(text: str, folder: Path) -> list[Problem]:
     [
         ("optimizer: adamw_troch", "invalid_value", "optimizer", "`adamw_torch`"),
         ("optimizer: nonsense_xyz", "invalid_value", "optimizer", "adamw_torch_fused"),
+        ("optimizer: AdamW", "invalid_value", "optimizer", "mean `adamw_torch_fused`"),
+        ("lr_scheduler: cosine_annealing", "invalid_value", "lr_scheduler", "mean `cosine`"),
+        ("lr_scheduler: log_sweep", "removed", "lr_scheduler", "cosine"),
+        ("datasets: [{path: a, type: pretrain}]", "invalid_value", "datasets[0].type", "pretraining_dataset"),
         ("optimizer: dion", "unavailable", "optimizer", "adamw_torch_fused"),
         ("lr_scheduler: cosin", "invalid_value", "lr_scheduler", "`cosine`"),
         ("adapter: lorra", "invalid_value", "adapter", "`lora`"),

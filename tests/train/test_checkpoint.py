@@ -114,12 +114,22 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     for step in (1, 2, 3, 4):
         checkpoint(tmp_path, step)
     checkpoint(tmp_path, 9, run="other")
-    rotate(tmp_path, 2, str(tmp_path / "checkpoint-1"), "run")
+    rotate(tmp_path, 2, str(tmp_path / "checkpoint-1"), tmp_path / "checkpoint-4")
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-4", "checkpoint-1"]
-    rotate(tmp_path, None, None, "run")
+    rotate(tmp_path, None, None, tmp_path / "checkpoint-4")
     assert len(list_checkpoints(tmp_path)) == 3
-    rotate(tmp_path, 1, None, "run")
+    rotate(tmp_path, 1, None, tmp_path / "checkpoint-4")
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-4"]
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_the_one_just_saved(tmp_path):
+    for step in (6, 9, 12):
+        checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-12" / "optimizer.pt").write_text("cut")
+    rotate(tmp_path, 1, None, tmp_path / "checkpoint-9")
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-12", "checkpoint-9"]
+    write_json(tmp_path / RUN, {"run_id": "run"})
+    assert newest_intact(tmp_path) == tmp_path / "checkpoint-9"
 
 
 def test_differences_are_told_one_by_one():

@@ -23,7 +23,15 @@ PACKED = {"sample_packing": True, "sequence_len": 64, "micro_batch_size": 1}
 
 def history(trainer):
     """What was logged, without how long it took."""
-    timed = ("seconds_per_step", "tokens_per_second", "peak_memory_gib", "_runtime", "_per_second", "_flos")
+    timed = (
+        "seconds_per_step",
+        "tokens_per_second",
+        "peak_memory_gib",
+        "_runtime",
+        "_per_second",
+        "_flos",
+        "_seconds",
+    )
     return [
         {k: v for k, v in line.items() if not k.endswith(timed)}
         for line in trainer.state.log_history

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl.errors import CheckpointError, EnvironmentProblem, ModelError
 from axolotl.model.attention import PACKED
-from axolotl.train.callbacks import TrainingDiverged
 from axolotl.train.session import train
+from axolotl.train.steps import TrainingDiverged
 from train.miniature import losses, rows, same_weights, tiny_model, weights
 
 
@@ -125,7 +125,47 @@ def test_a_loss_that_is_no_number_ends_the_run(trainer):
     run.compute_loss = lambda *a, **k: original(*a, **k) * (math.nan if run.state.global_step >= 2 else 1.0)
     with pytest.raises(TrainingDiverged, match="not a finite number 3 times"):
         train(run, run.cfg)
-    assert run.state.global_step == 5
+    assert run.state.global_step == 4
+    bad = json.loads((run.parts.output_dir / "bad_batch.json").read_text())
+    assert (bad["step"], bad["not_finite"], len(bad["micro_batches"])) == (5, "loss", 1)
+    expected = run.order.bins_of(4)
+    assert [row["row"] for row in bad["micro_batches"][0]["rows"]] == [i for each in expected for i in each]
+    assert all(row["text"] and row["trained_tokens"] for row in bad["micro_batches"][0]["rows"])
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_without_a_number_changes_no_weight(trainer, where):
+    run = trainer(tiny_model(), rows(12), weight_decay=0.1)
+    original, seen = run.compute_loss, {}
+
+    def poisoned(*args, **kwargs):
+        step = run.state.global_step
+        if step == 2:
+            seen["before"] = weights(run.model)
+            seen["moments"] = [s["exp_avg"].clone() for s in run.optimizer.state.values()]
+        if step == 3:
+            seen["after"] = weights(run.model)
+            assert all(
+                torch.equal(a, s["exp_avg"])
+                for a, s in zip(seen["moments"], run.optimizer.state.values(), strict=True)
+            )
+        loss = original(*args, **kwargs)
+        if step != 2:
+            return loss
+        if where == "loss":
+            return loss * math.nan
+        # The loss is a number; the slope of a square root at 0 is none.
+        return loss + 0 * torch.sqrt(loss * 0)
+
+    run.compute_loss = poisoned
+    train(run, run.cfg)
+    assert same_weights(seen["before"], seen["after"])
+    assert run.bad_steps == 1 and run.bad_streak == 0
+    assert all(torch.isfinite(p).all() for p in run.model.parameters())
+    events = [json.loads(x) for x in (run.parts.output_dir / "run.jsonl").read_text().splitlines()]
+    assert [e["message"] for e in events if e["kind"] == "event"] == [
+        f"The {where} of step 3 is not a finite number: the step is left out (1 so far)."
+    ]
 
 
 def test_one_bad_loss_is_logged_and_forgotten(trainer):
@@ -161,7 +201,7 @@ def test_a_full_disk_does_not_end_the_run(trainer, tmp_path, monkeypatch, capsys
 
     from axolotl.train.checkpoint import publish
 
-    monkeypatch.setattr("axolotl.train.trainer.publish", full)
+    monkeypatch.setattr("axolotl.train.saving.publish", full)
     run = trainer(tiny_model(), rows(8), save_steps=2, save_strategy="steps")
     assert train(run, run.cfg).complete
     assert saved == ["checkpoint-2", "checkpoint-4"]
@@ -178,10 +218,14 @@ def test_final_weights_that_cannot_be_written_leave_the_old_ones(trainer, tmp_pa
     def fail(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    monkeypatch.setattr(type(run), "rehearse", lambda self: None)
     monkeypatch.setattr(type(run), "save_model", fail)
+    waited = []
+    monkeypatch.setattr("axolotl.train.saving.time.sleep", waited.append)
     with pytest.raises(CheckpointError, match="final weights could not be written"):
         train(run, run.cfg)
     assert (output / "model.safetensors").read_text() == "of an earlier run"
+    assert waited == [5, 10, 20]
 
 
 def test_an_output_dir_that_cannot_be_made_is_told(trainer, tmp_path):

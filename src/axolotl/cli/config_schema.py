@@ -8,12 +8,39 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel
 
+from axolotl.config.datasets import DatasetEntry
 from axolotl.config.descriptions import meaning, old_keys, state
+from axolotl.config.distributed import FsdpConfig
 from axolotl.config.keys import SECTIONS
-from axolotl.config.section import Block, default_of, facts
+from axolotl.config.old_keys import DATASET_RENAMED, FSDP_LEFTOVER, FSDP_RENAMED, OFFLOADING, SPECIAL_TOKENS
+from axolotl.config.section import Block, ZeroIsOff, default_of, facts
+
+Schema = dict[str, Any]
 
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array"}
-Schema = dict[str, Any]
+# Forms of old that are brought up to date: of single values, and keys inside blocks.
+_OLD_FORMS: dict[str, Schema] = {
+    "bfloat16": {"enum": ["auto"]},
+    "gradient_checkpointing": {"enum": list(OFFLOADING)},
+    "tokens": {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {name: {"type": ["string", "null"]} for name in SPECIAL_TOKENS},
+    },
+}
+_OLD_INSIDE: dict[type[BaseModel], dict[str, str]] = {
+    DatasetEntry: DATASET_RENAMED,
+    FsdpConfig: {
+        **FSDP_RENAMED,
+        **dict.fromkeys(FSDP_LEFTOVER, ""),
+        **{
+            f"fsdp_{key}": key
+            for key in (*FsdpConfig.model_fields, *FSDP_RENAMED)
+            if not key.startswith("fsdp_")
+        },
+        **{f"fsdp_{key}": "" for key in FSDP_LEFTOVER},
+    },
+}
 
 
 def config_schema() -> Schema:
@@ -60,7 +87,18 @@ def _properties(model: type[BaseModel], blocks: dict[str, Schema]) -> dict[str, 
             and not isinstance(default, BaseModel)
         ):
             schema["default"] = default
+        if key in _OLD_FORMS and not issubclass(model, tuple(_OLD_INSIDE)):
+            schema = {
+                **{k: v for k, v in schema.items() if k in ("description", "default")},
+                "anyOf": [
+                    {k: v for k, v in schema.items() if k not in ("description", "default")},
+                    _OLD_FORMS[key],
+                ],
+            }
         found[key] = _nullable(schema)
+    for old, new in _OLD_INSIDE.get(model, {}).items():
+        text = f"An old name of `{new}`." if new else "Without effect."
+        found[old] = {"description": text, "deprecated": True, "deprecationMessage": text}
     return found
 
 
@@ -71,6 +109,8 @@ def _nullable(schema: Schema) -> Schema:
         if "enum" in schema:
             schema = {**schema, "enum": [*schema["enum"], None]}
         return {**schema, "type": [kind, "null"]}
+    if isinstance(kind, list):
+        return {**schema, "type": [*kind, "null"]}
     if "anyOf" in schema:
         return {**schema, "anyOf": [*schema["anyOf"], {"type": "null"}]}
     if "$ref" in schema:
@@ -107,14 +147,18 @@ def _schema(annotation: Any, metadata: tuple[Any, ...], blocks: dict[str, Schema
         return {"$ref": f"#/definitions/{name}"}
     if annotation not in _TYPES:
         return {}
+    if annotation is str:
+        # A number is taken as it is written.
+        return {"type": ["string", "number"]}
     return {"type": _TYPES[annotation], **_limits(metadata)}
 
 
 def _limits(metadata: tuple[Any, ...]) -> Schema:
     found: Schema = {}
+    zero = any(isinstance(each, ZeroIsOff) for each in metadata)
     for each in metadata:
         if isinstance(each, Gt):
-            found["exclusiveMinimum"] = each.gt
+            found["minimum" if zero else "exclusiveMinimum"] = each.gt
         elif isinstance(each, Ge):
             found["minimum"] = each.ge
         elif isinstance(each, Le):

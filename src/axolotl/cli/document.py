@@ -118,8 +118,10 @@ def _nested(home: Nested) -> str:
         ),
         ("inside", home.parent),
     ]
-    if state(block, key) != "available":
-        rows.append(("state", f"unavailable: {facts(block, key)['feature']} is not available yet"))
+    top = home.parent.split(".")[0].removesuffix("[]")
+    holder, name = (block, key) if state(block, key) != "available" else (owner(top), top)
+    if state(holder, name) == "unavailable":
+        rows.append(("state", f"unavailable: {facts(holder, name)['feature']} is not available yet"))
     shown = example(block, (key,))
     if shown:
         rows.append(("example", f"{key}: {shown}"))

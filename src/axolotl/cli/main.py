@@ -87,7 +87,9 @@ def _with_key(args: tuple[str, ...], flag: str, value: str | None) -> tuple[str,
 
 def takes_config(function: Callable[..., None]) -> Callable[..., None]:
     """The arguments of every verb that reads a config: files, then any `--key value`."""
-    return click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="CONFIG... [--KEY VALUE]...")(function)
+    return click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="CONFIG... [--KEY VALUE]...")(
+        function
+    )
 
 
 def _only_python(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -120,7 +122,9 @@ def cli() -> None:
 
 
 @cli.command(context_settings=PASS_ON)
-@click.option("--sweep", type=click.Path(path_type=Path), metavar="FILE", help="Train once for each set of values.")
+@click.option(
+    "--sweep", type=click.Path(path_type=Path), metavar="FILE", help="Train once for each set of values."
+)
 @takes_launcher
 @takes_config
 @click.pass_context
@@ -145,7 +149,9 @@ def _sweep(args: tuple[str, ...], file: Path) -> int:
     runs = []
     for trial in expand_sweep(file):
         values = trial.overrides(base.output.output_dir)
-        flags = [f"--{k.replace('_', '-')}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()]
+        flags = [
+            f"--{k.replace('_', '-')}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()
+        ]
         _load((*args, *flags), "train")
         runs.append(Run(Path(values["output_dir"]), trial.values, [*args, *flags]))
     outcomes = sweep(runs, Path(base.output.output_dir))
@@ -153,9 +159,13 @@ def _sweep(args: tuple[str, ...], file: Path) -> int:
 
 
 @cli.command(context_settings=PASS_ON)
-@click.option("--debug", is_flag=True, help="Show rows as the model will see them, with what is trained marked.")
+@click.option(
+    "--debug", is_flag=True, help="Show rows as the model will see them, with what is trained marked."
+)
 @click.option("--debug-text-only", is_flag=True, help="The same, without token ids.")
-@click.option("--report", is_flag=True, help="Write a page about the dataset: lengths, losses of rows, samples.")
+@click.option(
+    "--report", is_flag=True, help="Write a page about the dataset: lengths, losses of rows, samples."
+)
 @takes_config
 def preprocess(args: tuple[str, ...], **options: bool) -> None:
     """Tokenize the datasets and save them, so that training starts at once."""
@@ -167,13 +177,19 @@ def preprocess(args: tuple[str, ...], **options: bool) -> None:
 
 @cli.command(context_settings=PASS_ON)
 @click.option("--answers", is_flag=True, help="Also let the model answer every row, and count exact matches.")
-@click.option("--max-rows", type=click.IntRange(min=1), metavar="N", help="With --answers: only the first N rows.")
+@click.option(
+    "--max-rows", type=click.IntRange(min=1), metavar="N", help="With --answers: only the first N rows."
+)
 @click.option("--untrained", is_flag=True, help="The base model is meant, without trained weights.")
 @click.option("--lora-model-dir", metavar="DIR", help="The adapter to evaluate; output_dir's by default.")
-@click.option("--base-model", metavar="MODEL", help="Another model than the config's, a merged one for example.")
+@click.option(
+    "--base-model", metavar="MODEL", help="Another model than the config's, a merged one for example."
+)
 @takes_launcher
 @takes_config
-def evaluate(args: tuple[str, ...], lora_model_dir: str | None, base_model: str | None, **options: Any) -> None:
+def evaluate(
+    args: tuple[str, ...], lora_model_dir: str | None, base_model: str | None, **options: Any
+) -> None:
     """Loss, perplexity and exact match of the trained model on held-out rows."""
     args = _with_key(_with_key(args, "--lora-model-dir", lora_model_dir), "--base-model", base_model)
     cfg = _load(args, "evaluate")
@@ -183,21 +199,44 @@ def evaluate(args: tuple[str, ...], lora_model_dir: str | None, base_model: str 
 
 
 @cli.command(context_settings=PASS_ON)
-@click.option("--prompt", metavar="TEXT", help="One question; without it, and without a terminal, stdin is read.")
-@click.option("--prompt-file", type=click.Path(path_type=Path), metavar="FILE", help="A file that holds one question.")
+@click.option(
+    "--prompt", metavar="TEXT", help="One question; without it, and without a terminal, stdin is read."
+)
+@click.option(
+    "--prompt-file", type=click.Path(path_type=Path), metavar="FILE", help="A file that holds one question."
+)
 @click.option("--system", metavar="TEXT", help="What the model is told before the question.")
 @click.option("--chat", is_flag=True, help="A conversation at the terminal.")
 @click.option("--gradio", is_flag=True, help="A page in the browser, on this machine only.")
-@click.option("--input", "input_file", type=click.Path(path_type=Path), metavar="ROWS.jsonl", help="Many questions.")
-@click.option("--output", "output_file", type=click.Path(path_type=Path), metavar="OUT.jsonl", help="Their answers.")
+@click.option(
+    "--input", "input_file", type=click.Path(path_type=Path), metavar="ROWS.jsonl", help="Many questions."
+)
+@click.option(
+    "--output", "output_file", type=click.Path(path_type=Path), metavar="OUT.jsonl", help="Their answers."
+)
 @click.option("--lora-model-dir", metavar="DIR", help="The adapter to use; output_dir's by default.")
-@click.option("--base-model", metavar="MODEL", help="Another model than the config's, a merged one for example.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="The longest answer, in tokens.")
-@click.option("--temperature", type=click.FloatRange(min=0), metavar="T", help="0: always the likeliest token.")
-@click.option("--top-p", type=click.FloatRange(0, 1), metavar="P", help="Only the likeliest tokens, up to this share.")
+@click.option(
+    "--base-model", metavar="MODEL", help="Another model than the config's, a merged one for example."
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="The longest answer, in tokens."
+)
+@click.option(
+    "--temperature", type=click.FloatRange(min=0), metavar="T", help="0: always the likeliest token."
+)
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1), metavar="P", help="Only the likeliest tokens, up to this share."
+)
 @click.option("--top-k", type=click.IntRange(min=1), metavar="K", help="Only the K likeliest tokens.")
-@click.option("--min-p", type=click.FloatRange(0, 1), metavar="P", help="Only tokens this likely, beside the likeliest.")
-@click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), metavar="X", help="Above 1: repeats less.")
+@click.option(
+    "--min-p", type=click.FloatRange(0, 1), metavar="P", help="Only tokens this likely, beside the likeliest."
+)
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="X",
+    help="Above 1: repeats less.",
+)
 @takes_launcher
 @takes_config
 def inference(
@@ -213,7 +252,9 @@ def inference(
 
 @cli.command("merge-lora", context_settings=PASS_ON)
 @click.option("--lora-model-dir", metavar="DIR", help="The adapter to merge; output_dir's by default.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="Default: merged in output_dir.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), metavar="DIR", help="Default: merged in output_dir."
+)
 @click.option(
     "--base",
     type=click.Choice(["full", "quantized"]),
@@ -231,7 +272,12 @@ def merge_lora(args: tuple[str, ...], lora_model_dir: str | None, output: Path |
 
 @cli.command()
 @click.argument("what", metavar="[examples|deepspeed_configs]")
-@click.option("--dest", type=click.Path(path_type=Path), metavar="DIR", help="Where to; a folder of that name by default.")
+@click.option(
+    "--dest",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where to; a folder of that name by default.",
+)
 @click.option("--force", is_flag=True, help="Overwrite files that differ.")
 def fetch(what: str, dest: Path | None, force: bool) -> None:
     """Copy the example configs or DeepSpeed configs that came with this package. Needs no network."""
@@ -241,7 +287,9 @@ def fetch(what: str, dest: Path | None, force: bool) -> None:
 
 
 @cli.command(context_settings=PASS_ON)
-@click.option("--config-only", is_flag=True, help="Read nothing but the YAML: no network, no model, no hardware.")
+@click.option(
+    "--config-only", is_flag=True, help="Read nothing but the YAML: no network, no model, no hardware."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @takes_config
 @click.pass_context
@@ -258,6 +306,21 @@ def check(ctx: click.Context, args: tuple[str, ...], config_only: bool, as_json:
         return run_check(cfg)
 
     ctx.exit(report_check(find, as_json=as_json))
+
+
+@cli.command()
+@click.argument("output_dir", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Default: run_report.html in OUTPUT_DIR.",
+)
+def report(output_dir: Path, output: Path | None) -> None:
+    """Write a page about a training run, finished or still going on."""
+    from axolotl.report.run import write_run_report
+
+    console.out(str(write_run_report(output_dir, output)))
 
 
 @cli.command("config-schema")

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from axolotl.config.examples import example
 from axolotl.config.keys import SYNONYMS, block_at, did_you_mean, field_at, nearest, nested, owners
-from axolotl.config.old_keys import OLD_KEYS
+from axolotl.config.old_keys import ALIASES, OLD_KEYS, RENAMED
 from axolotl.config.secrets import is_secret, masked
 from axolotl.config.section import members
 from axolotl.config.yaml_file import Document, Path, Spot, dotted
@@ -93,6 +93,8 @@ class Complaints:
         self.document, self.excerpt = document, spot_excerpt
         # Looking for the nearest key takes milliseconds; a file of garbage would take minutes.
         self.guesses = 40
+        self.meant: set[str] = set()
+        """Keys that unknown ones were probably meant to be."""
 
     def spot(self, path: Path) -> Spot | None:
         while path:
@@ -126,7 +128,7 @@ class Complaints:
             if kind == "extra_forbidden":
                 yield self.unknown(path, block_at(model, path[:-1]))
             elif kind == "missing":
-                yield self.problem("missing", f"`{dotted(path)}` is missing.", "Add it.", path)
+                yield self.problem("missing", f"`{dotted(path)}` is missing.", f"Add `{path[-1]}:`.", path)
             else:
                 yield self.invalid(model, values, path)
 
@@ -164,6 +166,11 @@ class Complaints:
         if known and isinstance(value, str):
             choices = [str(a) for k in members(known[0]) if get_origin(k) is Literal for a in get_args(k)]
             remedy = did_you_mean(nearest(value, choices))
+        if known and isinstance(value, str) and takes.startswith("a list of texts") and "," not in value:
+            name = f"{path[-1]}: [{got.strip('`')}]" if isinstance(path[-1], str) else f"- [{got.strip('`')}]"
+            remedy = f"Write `{name}`."
+        if path[0] in HINTS and len(path) == 2 and isinstance(value, str):
+            remedy = f"Write `- path: {got.strip('`')}`, and `type:` below it."
         if path == ("warmup_steps",) and isinstance(value, float) and 0 < value < 1:
             remedy = f"Write `warmup_ratio: {got.strip('`')}` for a share of all steps."
         if path[0] in HINTS and len(path) == 1:
@@ -186,13 +193,13 @@ class Complaints:
         remedy = ""
         if block is not None:
             near = nearest(word, inside)
+            below = [h.parent for h in homes if h.parent.startswith(parent + ".")]
             if word in top:
                 remedy = f"`{word}` belongs at the top level of the file, not inside `{where}`."
+            elif below:
+                remedy = f"`{word}` belongs inside `{below[0]}`."
             elif near:
                 remedy = did_you_mean(near)
-            elif homes and any(h.parent.startswith(parent + ".") for h in homes):
-                home = next(h for h in homes if h.parent.startswith(parent + "."))
-                remedy = f"`{word}` belongs inside `{home.parent}`."
             else:
                 known = ", ".join(f"`{k}`" for k in inside)
                 remedy = f"Known here: {known}."
@@ -203,11 +210,13 @@ class Complaints:
         near = (
             [synonym] if synonym else nearest(word, [*top, *OLD_KEYS], [str(k) for k in self.document.values])
         )
+        near = list(dict.fromkeys((ALIASES | RENAMED).get(key, key) for key in near))
         if homes and (not near or all(len(word) <= 4 for _ in near)):
             places = " or ".join(dict.fromkeys(f"`{h.parent}`" for h in homes[:3]))
             remedy = f"`{word}` belongs inside {places}."
         elif near:
             remedy = did_you_mean(near)
+            self.meant.update(near)
         else:
             wider = nearest(word, {n.key for n in nested()})
             homes = [n for n in nested() if n.key in wider]

@@ -141,13 +141,15 @@ class DataSection(Section):
     """Trained tokens in the data; counted when unset."""
 
     # Streaming
-    pretraining_dataset: Annotated[list[PretrainingEntry], BeforeValidator(_listed)] = later("streaming", [])
-    """Text corpora that are streamed."""
-    streaming: bool = later("streaming", False)
-    """Read the data while training instead of preparing it first."""
-    streaming_multipack_buffer_size: PositiveInt = later("streaming", 10_000)
-    """Rows that are read ahead to pack them."""
-    pretrain_multipack_attn: bool = later("streaming", True)
+    pretraining_dataset: Annotated[list[PretrainingEntry], BeforeValidator(_listed)] = Field(
+        default_factory=list
+    )
+    """Text corpora that are read while training goes on; needs max_steps."""
+    streaming: bool = False
+    """Read the data while training instead of preparing it first; needs max_steps."""
+    streaming_multipack_buffer_size: PositiveInt = 10_000
+    """Rows that are read ahead to shuffle and pack them."""
+    pretrain_multipack_attn: bool = True
     """Keep packed documents from seeing each other."""
-    pretraining_sample_concatenation: bool = later("streaming", False)
-    """Join documents into rows of sequence_len."""
+    pretraining_sample_concatenation: bool = False
+    """Join the documents of pretraining_dataset into rows of sequence_len, in which they see each other."""

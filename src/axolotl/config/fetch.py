@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from pathlib import Path
 
@@ -42,6 +43,13 @@ def from_disk(path: Path, name: str) -> bytes:
 
 
 def _similar(path: Path) -> str:
-    near = [f for f in path.parent.glob("*.y*ml") if f.is_file()] if path.parent.is_dir() else []
+    """What may be meant by a file that is not there: an override without dashes, or a file of a similar name."""
+    key, equals, value = str(path).partition("=")
+    if equals and key.isidentifier():
+        return f"An override is a flag: `--{key.replace('_', '-')} {value}`."
+    near = [str(f) for f in path.parent.glob("*.y*ml") if f.is_file()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(str(path), near, n=3)
+    if close:
+        return f"Did you mean {' or '.join(f'`{f}`' for f in close)}?"
     names = ", ".join(f"`{f}`" for f in sorted(near)[:5])
     return f"There are: {names}." if names else "Check the path."

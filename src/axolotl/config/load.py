@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -17,7 +17,7 @@ from axolotl.config.merge import Merged, Overrides, Source, override_parts
 from axolotl.config.old_keys import is_off
 from axolotl.config.renames import Renaming
 from axolotl.config.rules import broken_rules
-from axolotl.config.section import Section, default_of, facts
+from axolotl.config.section import Section, default_of, facts, members
 from axolotl.config.unbuilt import idle_keys
 from axolotl.config.yaml_file import Path as KeyPath
 from axolotl.config.yaml_file import dotted, undotted
@@ -107,6 +107,10 @@ class Loading(Merged):
         if key not in model.model_fields:
             return False
         field, said = model.model_fields[key], facts(model, key)
+        choices = [a for k in members(field.annotation) if get_origin(k) is Literal for a in get_args(k)]
+        if choices and isinstance(value, str) and value and value not in choices:
+            # Not known to us, and told so where values are checked.
+            return True
         off = is_off(value) or (value == 0 and not isinstance(value, str)) or value == default_of(model, key)
         if said.get("state") == "unavailable" and not off:
             feature = said["by_value"].get(str(value), said["feature"])
@@ -230,7 +234,8 @@ def _finish(loading: Loading, verb: str, checks: Sequence[Check]) -> Config:
     # A key whose value is wrong in itself says nothing about its neighbours.
     wrong = frozenset(loading.bad)
     for problem in [*broken_rules(config, verb), *(p for check in checks for p in check(config))]:
-        if not wrong.intersection(str(undotted(key)[0]) for key in problem.keys):
+        told = problem.kind == "missing" and problem.keys[0] in loading.complaints.meant
+        if not told and not wrong.intersection(str(undotted(key)[0]) for key in problem.keys):
             loading.add(problem)
     order = sorted(loading.problems, key=lambda p: (not p.fatal, *_order(p)))
     if any(p.fatal for p in order):

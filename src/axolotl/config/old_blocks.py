@@ -5,20 +5,18 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from axolotl.config.old_keys import FSDP_LEFTOVER, is_off
+from axolotl.config.old_keys import FSDP_LEFTOVER, SPECIAL_TOKENS, is_off
 from axolotl.config.yaml_file import Path, Spot, dotted
 from axolotl.errors import Place
 
 if TYPE_CHECKING:
     from axolotl.config.renames import Renaming
 
-_SPECIAL = {"bos_token", "eos_token", "pad_token", "unk_token"}
-
 
 def tokens_of_old(renaming: Renaming) -> None:
     """`tokens:` was a mapping once, of what `special_tokens` names today."""
     tokens = renaming.values.get("tokens")
-    if not isinstance(tokens, dict) or not tokens or not set(tokens) <= _SPECIAL:
+    if not isinstance(tokens, dict) or not tokens or not set(tokens) <= set(SPECIAL_TOKENS):
         return
     renaming.drop("tokens")
     special = renaming.values.get("special_tokens")

@@ -112,6 +112,20 @@ FSDP_LEFTOVER = (
     "xla_fsdp_grad_ckpt",
 )
 
+# Old names inside blocks, and further forms of values; both are brought up to date before anything is checked.
+FSDP_RENAMED = {
+    "version": "fsdp_version",
+    "cpu_offload": "offload_params",
+    "sharding_strategy": "reshard_after_forward",
+}
+DATASET_RENAMED = {
+    "message_field_role": "message_property_mappings",
+    "message_field_content": "message_property_mappings",
+    "train_on_split": "split",
+}
+OFFLOADING = ("offload", "offload_disk", "unsloth")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
 OLD_KEYS = frozenset(
     {*ALIASES, *RENAMED, *CHOICES, *REMOVED, *LEFTOVER, "fsdp", "gc_steps", "save_safetensors"}
 )

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from axolotl.config.old_blocks import datasets_of_old, fsdp_of_old, tokens_of_old
-from axolotl.config.old_keys import ALIASES, CHOICES, LEFTOVER, REMOVED, RENAMED, VALUES, is_off
+from axolotl.config.old_keys import (
+    ALIASES,
+    CHOICES,
+    LEFTOVER,
+    OFFLOADING,
+    REMOVED,
+    RENAMED,
+    VALUES,
+    is_off,
+)
 from axolotl.config.yaml_file import Document, Path, dotted
 from axolotl.errors import Kind, Problem
 
@@ -150,7 +159,7 @@ class Renaming:
     def gradient_checkpointing(self) -> None:
         """`offload`, `offload_disk` and `unsloth` are what activation_offloading does."""
         way = self.values.get("gradient_checkpointing")
-        if way in ("offload", "offload_disk", "unsloth"):
+        if way in OFFLOADING:
             self.values["gradient_checkpointing"] = True
             if self.values.get("activation_offloading") is None:
                 self.move(

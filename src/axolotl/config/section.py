@@ -29,11 +29,11 @@ Steps = Annotated[int | float, BeforeValidator(_number), Gt(0)]
 Text = str
 
 
-class _ZeroIsOff:
+class ZeroIsOff:
     """Says of a field that 0 means the same as leaving it out."""
 
 
-ZERO_IS_OFF = _ZeroIsOff()
+ZERO_IS_OFF = ZeroIsOff()
 
 
 def later(
@@ -118,7 +118,7 @@ def _off_at_zero(model: type[BaseModel]) -> frozenset[str]:
     return frozenset(
         key
         for key, field in model.model_fields.items()
-        if any(isinstance(each, _ZeroIsOff) for each in field.metadata)
+        if any(isinstance(each, ZeroIsOff) for each in field.metadata)
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from axolotl.config.secrets import masked
+from axolotl.config.yaml_faults import explain
 from axolotl.errors import ConfigError, Kind, Place, Problem
 
 MAX_BYTES = 2_000_000
@@ -28,16 +29,6 @@ _INT = re.compile(r"[-+]?(0b[01_]+|0x[0-9a-fA-F_]+|0o[0-7_]+|[0-9][0-9_]*)$")
 _FLOAT = re.compile(r"[-+]?(\.[0-9][0-9_]*|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$")
 _SPECIAL = re.compile(r"[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
-_REMEDIES = (
-    ("\\t", "Indent with spaces, not with tabs."),
-    ("mapping values are not allowed", "Check the indentation, and quote a value that contains `: `."),
-    ("could not find expected ':'", "A key needs `: ` (a colon and a space) before its value."),
-    ("simple key", "A key needs `: ` (a colon and a space) before its value."),
-    ("expected <block end>", "Lines of the same level have to begin in the same column."),
-    ("scalar", "Close the quote."),
-    ("alias", "Define the anchor (`&name`) above the line that uses it (`*name`)."),
-    ("expected ',' or", "Close the bracket, and put commas between its items."),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,14 +333,9 @@ def _parsed(text: str, name: str, lines: list[str]) -> _Node | None:
     try:
         return _compose(text, name, lines)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-        place = Place(name, mark.line + 1, mark.column + 1) if mark else Place(name)
-        what = str(getattr(error, "problem", None) or error).splitlines()[0]
-        context = f"{getattr(error, 'context', None) or ''} {what}"
-        line = lines[place.line - 1] if place.line and place.line <= len(lines) else ""
-        tab = "\t" in line[: len(line) - len(line.lstrip())]
-        remedy = next((r for word, r in _REMEDIES if word in context or (tab and word == "\\t")), "")
-        raise _syntax(f"This is not valid YAML: {what}.", remedy, place, lines) from None
+        fault = explain(error, name, lines)
+        shown = excerpt(lines, fault.places[0])
+        raise ConfigError(Problem(fault.message, fault.remedy, "syntax", (), fault.places, shown)) from None
 
 
 def parse(text: str, name: str) -> Document:

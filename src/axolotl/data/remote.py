@@ -128,9 +128,7 @@ def stream_hub(entry: DatasetEntry, data: DataSection, place: Place, default_spl
         raise
     except Exception as error:
         raise _told(error, entry, place) from error
-    return HubStream(
-        f"{entry.path}/{split}", dataset, f"{options['revision']} {entry.name or ''} {split}"
-    )
+    return HubStream(f"{entry.path}/{split}", dataset, f"{options['revision']} {entry.name or ''} {split}")
 
 
 def open_hub(

@@ -176,6 +176,8 @@ class Stream:
                 if result.failures:
                     raise DataError([row_problem(f) for f in result.failures[:MOST_FAILURES]])
                 self._count(which, result.rows, result.notes)
+                if ended and position[which].passes == 1:
+                    note(f"{self.tasks[which].name}: all rows were read; the stream begins again.")
                 held.append(result.rows)
                 read += len(result.rows.ledger.row)
                 tokens += len(result.rows.ids)
@@ -211,8 +213,6 @@ class Stream:
             at[i] = Reading(at[i].passes, at[i].row + len(chunk), at[i].served + len(chunk))
             ended = following[i] is None
             if ended:
-                if at[i].passes == 0:
-                    note(f"{self.tasks[i].name}: all {at[i].row:,} rows were read; it begins again.")
                 at[i] = Reading(at[i].passes + 1, self.skips[i], at[i].served)
                 readers[i] = self._read(i, size, self.skips[i])
                 following[i] = next(readers[i], None)
@@ -253,7 +253,9 @@ class Stream:
     def _check_empty(self, empty_passes: int) -> None:
         if empty_passes >= len(self.tasks):
             why = [f"{n:,} {r}" for c in self.counts for r, n in c.dropped.items()]
-            raise DataError(f"no row of `{self.name}` is left: {', '.join(why)}.", "Check its rows and limits.")
+            raise DataError(
+                f"no row of `{self.name}` is left: {', '.join(why)}.", "Check its rows and limits."
+            )
 
     def _summary(self, which: int) -> DatasetSummary:
         task = self.tasks[which]

@@ -60,7 +60,9 @@ def open_tasks(
     for key, set_name, number, entry, section in entries:
         try:
             default = "train" if set_name == "train" else "test"
-            source = open_source(entry, section, places(key), default_split=default, seed=seed, endless=endless)
+            source = open_source(
+                entry, section, places(key), default_split=default, seed=seed, endless=endless
+            )
             columns = list(source.columns)
             format_ = resolve_format(entry, columns, section, places(f"{key}.type"))
             renderer = build_renderer(facts, section, entry)

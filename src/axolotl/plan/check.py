@@ -89,20 +89,18 @@ def _named(cfg: Config, key: str, registry: Registry[Any]) -> Iterator[Problem]:
             f"`{key}: {name}` is gone.", f"Choose another, such as `{key}: cosine`.", key, kind="removed"
         )
     elif not own_plugins(cfg):
-        yield _unknown(cfg, key, name, registry.names(), _available(registry))
+        usable = [each for each in registry if "unavailable" not in registry.describe(each).facts]
+        yield _unknown(cfg, key, name, usable)
 
 
-def _available(registry: Registry[Any]) -> list[str]:
-    """The names under which features that can be used are registered, without their aliases."""
-    entries = [registry.describe(name) for name in registry]
-    return sorted({entry.name for entry in entries if "unavailable" not in entry.facts})
-
-
-def _unknown(cfg: Config, key: str, name: str, known: Sequence[str], shown: Sequence[str]) -> Problem:
-    meant = MEANT.get(name.lower().replace("-", "_"))
+def _unknown(cfg: Config, key: str, name: str, known: Sequence[str]) -> Problem:
+    meant = MEANT.get(name.lower().replace("-", "_"), "")
     near = did_you_mean([meant] if meant in known else nearest(name, known))
-    listed = ", ".join(f"`{each}`" for each in shown)
-    return cfg.problem(f"`{key}` is `{name}`; it takes one of {listed}.", near or "Write one of these.", key)
+    listed = ", ".join(f"`{each}`" for each in known)
+    message = f"`{key}` is `{name}`; it takes one of {listed}."
+    if len(known) > 20:
+        message = f"`{key}` is `{name}`, which is not known."
+    return cfg.problem(message, near or f"Write one of {listed}.", key)
 
 
 def _adapter(cfg: Config) -> Iterator[Problem]:
@@ -116,16 +114,18 @@ def _adapter(cfg: Config) -> Iterator[Problem]:
         known = " or ".join(f"`{each}`" for each in ADAPTERS)
         yield cfg.problem(f"`adapter` is `{name}`; it takes {known}.", ADAPTER_FLAGS[name], "adapter")
     elif not own_plugins(cfg):
-        yield _unknown(cfg, "adapter", name, ADAPTERS, ADAPTERS)
+        yield _unknown(cfg, "adapter", name, ADAPTERS)
 
 
 def _formats(cfg: Config) -> Iterator[Problem]:
     if cfg.is_set("rl") or cfg.is_set("reward_model") or cfg.is_set("process_reward_model"):
         # Their types are another family's; the method itself is told about already.
         return
-    for name in ("datasets", "test_datasets"):
+    for name in ("datasets", "test_datasets", "pretraining_dataset"):
         for index, entry in enumerate(getattr(cfg.data, name)):
             key = f"{name}[{index}].type"
+            if entry.type == "pretrain" and name == "pretraining_dataset":
+                continue
             if entry.type == "pretrain":
                 yield cfg.problem(
                     f"`{key}` is `pretrain`, a format of `pretraining_dataset`.",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from axolotl.config import Config, unbuilt
 from axolotl.data.formats import check_fields, resolve_format
 from axolotl.data.sources import open_source
+from axolotl.data.stream import streamed_entries, streams
 from axolotl.errors import Problem, UserError
 from axolotl.model.files import check_adapter_dir, check_base_model
 from axolotl.model.hub import check_hub
@@ -23,11 +24,13 @@ def check(cfg: Config) -> Sequence[Problem]:
         *check_hub(cfg.model.base_model, place=cfg.place("base_model")),
         *check_adapter_dir(cfg.adapter, cfg.place("lora_model_dir")),
     ]
-    entries = [(f"datasets[{i}]", e) for i, e in enumerate(cfg.data.datasets)]
+    entries = [(key, entry) for key, entry, _ in streamed_entries(cfg.data)]
     entries += [(f"test_datasets[{i}]", e) for i, e in enumerate(cfg.data.test_datasets)]
     for key, entry in entries:
         try:
-            columns = list(open_source(entry, cfg.data, cfg.place(f"{key}.path")).columns)
+            columns = list(
+                open_source(entry, cfg.data, cfg.place(f"{key}.path"), endless=streams(cfg.data)).columns
+            )
             format_ = resolve_format(entry, columns, cfg.data, cfg.place(f"{key}.type"))
             unfit = check_fields(format_, columns, entry, cfg.place(key))
             problems += [unfit] if unfit else []

@@ -7,6 +7,7 @@ from typing import Any
 
 from axolotl import console
 from axolotl.config import Config
+from axolotl.data.stream import streams
 from axolotl.distributed.world import detect_hardware
 from axolotl.errors import ModelError, UserError
 from axolotl.inference.loading import find_trained
@@ -45,7 +46,7 @@ def merge_trained(
         target,
         tokenizer=tokenizer,
         sample_rows=_sample_rows(cfg, tokenizer),
-        stop_tokens=stop_tokens(cfg, tokenizer) if cfg.data.datasets else (),
+        stop_tokens=stop_tokens(cfg, tokenizer),
         base=base,  # type: ignore[arg-type]
     )
     config = cfg.sources[0] if cfg.sources else "config.yml"
@@ -55,7 +56,7 @@ def merge_trained(
 
 def _sample_rows(cfg: Config, tokenizer: Any) -> list[list[int]]:
     """A few of the user's own rows; none where the data is not at hand, which does not keep a merge from happening."""
-    if not cfg.data.datasets:
+    if not cfg.data.datasets or streams(cfg.data):
         return []
     try:
         rows = prepare_data(cfg, tokenizer).train_dataset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from axolotl import console
 from axolotl.config import Config, Hardware
@@ -12,19 +12,30 @@ from axolotl.data.prepare import prepare
 from axolotl.data.prepared import Prepared
 from axolotl.data.preview import preview
 from axolotl.data.render import build_renderer
+from axolotl.data.stream import Stream, open_stream, streamed_entries, streams, without_streams
+from axolotl.data.workers import worker_count
+from axolotl.distributed.world import world
+from axolotl.errors import DataError
 from axolotl.model.files import check_base_model
 from axolotl.model.hub import check_hub
 from axolotl.model.tokenizer import load_tokenizer
 from axolotl.report.dataset import write_report
 from axolotl.run.ready import ready, refuse, told_with_places
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 
 @told_with_places
 def preprocess(
     cfg: Config, *, debug: bool = False, debug_text_only: bool = False, report: bool = False
-) -> Prepared:
-    """Prepares the data of a config. Raises a UserError for whatever the user can mend."""
+) -> Prepared | None:
+    """Prepares the data of a config; None where all of it is streamed. Raises a UserError for what the user can mend."""
     cfg = ready(cfg, Hardware(device="cpu"))
+    if streams(cfg.data):
+        console.note("The training data is streamed: it is tokenised while training goes on, not here.")
+        if not cfg.data.test_datasets:
+            return None
     tokenizer = tokenizer_of(cfg)
     prepared = prepare_data(cfg, tokenizer)
     if debug or debug_text_only:
@@ -44,14 +55,40 @@ def tokenizer_of(cfg: Config, adapter_dir: Path | None = None) -> Any:
 
 
 def prepare_data(cfg: Config, tokenizer: Any) -> Prepared:
-    """The prepared datasets of the config, made now where they were not made before."""
-    seed = 42 if cfg.train.seed is None else cfg.train.seed
-    return prepare(cfg.data, tokenizer, seed=seed, places=cfg.place)
+    """The prepared datasets of the config, made now where they were not made before; of a stream, the test data.
+
+    Raises DataError where there is none because all data is streamed.
+    """
+    data = without_streams(cfg.data) if streams(cfg.data) else cfg.data
+    if streams(cfg.data) and not data.test_datasets:
+        raise DataError(
+            "the training data is streamed, so no row of it is held out.",
+            "Name files under `test_datasets`.",
+            cfg.place("pretraining_dataset" if cfg.data.pretraining_dataset else "streaming"),
+        )
+    return prepare(data, tokenizer, seed=_seed(cfg), places=cfg.place)
+
+
+def training_data(cfg: Config, tokenizer: Any) -> tuple[Dataset | Stream, Dataset | None]:
+    """The rows to train on, prepared or streamed, and those to evaluate on."""
+    if not streams(cfg.data):
+        prepared = prepare_data(cfg, tokenizer)
+        return prepared.train_dataset(), prepared.eval_dataset()
+    held_out = prepare_data(cfg, tokenizer).eval_dataset() if cfg.data.test_datasets else None
+    # Every process of a machine reads the stream for itself.
+    workers = cfg.data.dataset_num_proc or max(1, min(4, worker_count(None) // world().size))
+    return open_stream(cfg.data, tokenizer, seed=_seed(cfg), places=cfg.place, workers=workers), held_out
+
+
+def _seed(cfg: Config) -> int:
+    return 42 if cfg.train.seed is None else cfg.train.seed
 
 
 def stop_tokens(cfg: Config, tokenizer: Any) -> Sequence[str]:
     """The texts that end an answer in the config's datasets."""
     texts = [
-        t for entry in cfg.data.datasets for t in build_renderer(tokenizer, cfg.data, entry).stop_tokens()
+        text
+        for _, entry, _ in streamed_entries(cfg.data)
+        for text in build_renderer(tokenizer, cfg.data, entry).stop_tokens()
     ]
     return list(dict.fromkeys(texts))

@@ -8,12 +8,15 @@ from typing import Any
 from axolotl import console
 from axolotl.config import Config, unbuilt
 from axolotl.data.chat import choose_template
+from axolotl.data.stream import Stream
 from axolotl.distributed.world import detect_hardware, world
+from axolotl.errors import UserError
 from axolotl.model.adapter import add_adapter
 from axolotl.model.load import load_model
 from axolotl.model.tokenizer import new_token_ids
+from axolotl.report.run import write_run_report
 from axolotl.run.merge import merge_trained
-from axolotl.run.preprocess import prepare_data, stop_tokens, tokenizer_of
+from axolotl.run.preprocess import stop_tokens, tokenizer_of, training_data
 from axolotl.run.ready import check_output, ready, refuse, told_with_places
 from axolotl.train.build import attention_for, build_trainer
 from axolotl.train.session import TrainResult, resume_point, seed_everything
@@ -36,8 +39,7 @@ def train(cfg: Config) -> TrainResult:
         return TrainResult(0, True, None, {})
     before = Path(cfg.adapter.lora_model_dir) if cfg.adapter.lora_model_dir else None
     tokenizer = tokenizer_of(cfg, before)
-    prepared = prepare_data(cfg, tokenizer)
-    rows, held_out = prepared.train_dataset(), prepared.eval_dataset()
+    rows, held_out = training_data(cfg, tokenizer)
     seed = 42 if cfg.train.seed is None else cfg.train.seed
     seed_everything(seed)
     model: Any = load_model(
@@ -63,9 +65,21 @@ def train(cfg: Config) -> TrainResult:
     _carry_template(cfg, tokenizer)
     trainer = build_trainer(cfg, model, tokenizer, rows, held_out, hardware, resume=resume.folder)
     result = run_trainer(trainer, cfg, resume.folder)
+    if world().is_main:
+        _report(Path(cfg.output.output_dir))
+    for line in rows.summary() if isinstance(rows, Stream) else ():
+        console.note(line)
     if cfg.adapter.merge_lora and result.complete and cfg.adapter.adapter is not None and world().is_main:
         merge_trained(cfg, tokenizer, Path(cfg.output.output_dir), None)
     return result
+
+
+def _report(output_dir: Path) -> None:
+    """Writes the run report; a disk that refuses it is no failure of the run."""
+    try:
+        console.note(f"Report: {write_run_report(output_dir)}")
+    except (OSError, UserError) as error:
+        console.warn(f"There is no report of the run: {error}")
 
 
 def _carry_template(cfg: Config, tokenizer: Any) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -62,6 +63,12 @@ class EpochBatches(Sampler[list[list[int]]]):
         per_round = self.bins_per_batch * self.ranks
         return len(self.plan) // per_round if self.drop_last else math.ceil(len(self.plan) / per_round)
 
+    def bins_of(self, i: int) -> list[list[int]]:
+        """The bins of the i-th batch of this epoch on this rank."""
+        plan, size = self.plan, self.bins_per_batch
+        start = (i * self.ranks + self.rank) * size
+        return [list(plan[j]) for j in range(start, min(start + size, len(plan)))]
+
     def __iter__(self) -> Iterator[list[list[int]]]:
         plan, size = self.plan, self.bins_per_batch
         for i in range(len(self)):
@@ -99,6 +106,15 @@ class BatchSource:
                 sha.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
         sha.update(f"{self.bins_per_batch}".encode())
         return sha.hexdigest()[:16]
+
+    def save_place(self, folder: Path, batch: int) -> None:
+        """Writes nothing: which rows come next follows from the number of the step."""
+
+    def go_to(self, checkpoint: Path) -> None:
+        """Does nothing, for the same reason."""
+
+    def close(self) -> None:
+        """Does nothing: the rows are mapped from disk."""
 
     def loader(
         self, train: TrainSection, rank: int = 0, ranks: int = 1, *, evaluation: bool = False

@@ -19,13 +19,15 @@ from axolotl.config.data import DataSection
 from axolotl.config.model import ModelSection
 from axolotl.config.resolve import Hardware
 from axolotl.console import detail, note, warn
+from axolotl.data.stream import Stream
 from axolotl.distributed.world import world
 from axolotl.errors import ModelError, Problem
 from axolotl.methods.registry import Method, method_of
 from axolotl.model.attention import AttentionChoice, choose_attention, set_attention
 from axolotl.registry import require_extra
 from axolotl.train.arguments import build_arguments
-from axolotl.train.batches import build_batches
+from axolotl.train.batches import BatchSource, build_batches
+from axolotl.train.cadence import Cadence
 from axolotl.train.callbacks import (
     AtSteps,
     CheckpointOnRequest,
@@ -39,8 +41,13 @@ from axolotl.train.callbacks import (
 from axolotl.train.checkpoint import RUN, differences, read_json, read_state
 from axolotl.train.probe import documents_stay_apart, loss_takes_tokens
 from axolotl.train.progress import ProgressLine, RunLog
-from axolotl.train.tracking import start_tracking
+from axolotl.train.record import asked, describe
+from axolotl.train.saving import SaveCare
+from axolotl.train.steps import StepCheck
+from axolotl.train.streamed import StreamSource, stream_batches
+from axolotl.train.tracking import guarded, start_tracking
 from axolotl.train.trainer import CausalTrainer, Parts, TrainerMixin, token_loss
+from axolotl.train.watch import HangWatch, TimeLimit
 
 
 def attention_for(model: ModelSection, data: DataSection, hardware: Hardware) -> AttentionChoice:
@@ -53,14 +60,14 @@ def build_trainer(
     cfg: Config,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_dataset: datasets.Dataset,
+    train_dataset: datasets.Dataset | Stream,
     eval_dataset: datasets.Dataset | None,
     hardware: Hardware,
     resume: Path | None = None,
 ) -> Trainer:
     """A trainer for the config's method. `model` is resized, quantised, frozen and adapted already.
 
-    `train_dataset` and `eval_dataset` hold prepared rows. `resume` is the checkpoint that training will continue from
+    `train_dataset` (unless it is a stream) and `eval_dataset` hold prepared rows. `resume` is the checkpoint that training will continue from
     (see `axolotl.train.session.resume_point`). Raises a UserError where the config asks for what model, data or
     machine cannot do.
     """
@@ -72,9 +79,17 @@ def build_trainer(
     attention = _apply_attention(inner, attention, cfg)
     alignment = 8 if hardware.device == "cuda" else None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    batches = build_batches(
-        train_dataset, cfg.data, cfg.train, attention, pad_token_id=pad, alignment=alignment
-    )
+    batches: BatchSource | StreamSource
+    if isinstance(train_dataset, Stream):
+        batches = stream_batches(
+            train_dataset, cfg.data, cfg.train, attention, pad_token_id=pad, alignment=alignment
+        )
+    else:
+        batches = build_batches(
+            train_dataset, cfg.data, cfg.train, attention, pad_token_id=pad, alignment=alignment
+        )
+    if resume is not None:
+        batches.go_to(resume)
     evaluated = eval_dataset if eval_dataset is not None and len(eval_dataset) else None
     eval_batches = evaluated and build_batches(
         evaluated, cfg.data, cfg.train, attention, pad_token_id=pad, evaluation=True, alignment=alignment
@@ -91,7 +106,7 @@ def build_trainer(
         more=method.options(cfg.method),
     )
     start_tracking(cfg.tracking, cfg.output)
-    signals = Signals()
+    signals, limit = Signals(), TimeLimit(cfg.train)
     output_dir = Path(cfg.output.output_dir)
     parts = Parts(
         optim=cfg.optim,
@@ -106,8 +121,26 @@ def build_trainer(
         plan=batches.digest(),
         autocast=torch.bfloat16 if cfg.model.bf16 in (True, "full") else None,
         offload=bool(cfg.train.activation_offloading),
-        interrupted=signals,
+        interrupted=lambda: signals() or limit(),
+        asked=asked(cfg),
     )
+    parts.run = {
+        "run_id": parts.run_id,
+        "config": config_digest(cfg),
+        "complete": False,
+        "total_steps": volume.total_steps,
+        "data": {
+            "steps_per_epoch": volume.steps_per_epoch,
+            "epochs": volume.epochs,
+            "tokens_per_epoch": volume.tokens_per_epoch,
+            "packing": volume.efficiency,
+            "plan": parts.plan,
+        },
+        **describe(cfg, hardware),
+    }
+    if resume is not None and has_to_evaluate(resume, cadence):
+        arguments.eval_on_start = True
+    tracked, arguments.report_to = list(arguments.report_to or []), []
     _ready_for_training(inner, cfg)
     trainer = _trainer_class(method)(
         model=model,
@@ -118,19 +151,31 @@ def build_trainer(
         processing_class=tokenizer,
         parts=parts,
     )
-    signals.trainer = trainer
+    signals.trainer = limit.trainer = trainer
+    run_log = RunLog(output_dir / "run.jsonl")
+
+    def tell(message: str) -> None:
+        warn(message)
+        run_log.event(trainer.state.global_step, trainer.state.epoch, message)
+
+    trainer.tell = tell
     _probe(trainer, model, attention, parts, cfg)
     for callback in (
+        SaveCare(trainer),
         EpochOrder(trainer),
+        StepCheck(trainer),
         AtSteps(cadence),
         CheckpointOnRequest(cfg.train, output_dir),
-        RunLog(output_dir / "run.jsonl"),
+        run_log,
         ProgressLine(volume.total_steps),
-        LossWatch(cfg.train),
+        LossWatch(cfg.train, numbers=not trainer.checks_steps),
         EarlyStopping(cfg.train),
         CollectGarbage(cfg.train),
         Profile(cfg.train, output_dir),
+        HangWatch(cfg.train, output_dir),
+        limit,
         signals,
+        *guarded(tracked, tell),
     ):
         trainer.add_callback(callback)
     if resume is not None:
@@ -201,10 +246,15 @@ def _probe(
 
 def config_digest(cfg: Config) -> str:
     """A hash of all that was asked for, apart from how to resume: equal digests are the same command."""
-    asked = cfg.effective(defaults=False)
-    for key in ("resume_from_checkpoint", "auto_resume_from_checkpoints"):
-        asked.pop(key, None)
-    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(asked(cfg), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def has_to_evaluate(resume: Path, cadence: Cadence) -> bool:
+    """Whether the run was broken off between the checkpoint of a step and the evaluation due there."""
+    state = read_json(resume / "trainer_state.json")
+    step = state.get("global_step")
+    seen = {line.get("step") for line in state.get("log_history", []) if any(k.startswith("eval_") for k in line)}
+    return step in cadence.evaluate and step not in seen
 
 
 def _run_id(output_dir: Path, resume: Path | None) -> str:
@@ -222,17 +272,19 @@ def _compare(trainer: Any, resume: Path) -> None:
     if saved is None:
         return
     trainer.trained_tokens = saved.trained_tokens
+    trainer.bad_steps, trainer.bad_streak, trainer.split = saved.bad_steps, saved.bad_streak, saved.split
     for change in differences(saved, trainer.run_state()):
         warn(f"Since {resume.name} was saved, {change}.")
 
 
 def _say(cfg: Config, trainer: Any, attention: AttentionChoice) -> None:
-    volume, train = trainer.parts.volume, cfg.train
+    volume, train, batches = trainer.parts.volume, cfg.train, trainer.parts.batches
     packed = f", packed {volume.efficiency:.1%} full" if cfg.data.sample_packing else ""
-    rows = len(trainer.parts.batches.rows)
     ranks = f" × {trainer.args.world_size} processes" if trainer.args.world_size > 1 else ""
-    note(
-        f"{rows:,} rows, {volume.tokens_per_epoch:,} tokens{packed}: {volume.total_steps:,} steps of "
-        f"{train.micro_batch_size} × {train.gradient_accumulation_steps}{ranks} in {volume.epochs:.4g} epochs."
-    )
+    steps = f"{volume.total_steps:,} steps of {train.micro_batch_size} × {train.gradient_accumulation_steps}{ranks}"
+    if isinstance(batches, StreamSource):
+        note(f"Streaming {batches.rows.stream.name}: {steps}.")
+    else:
+        rows = f"{len(batches.rows):,} rows, {volume.tokens_per_epoch:,} tokens{packed}"
+        note(f"{rows}: {steps} in {volume.epochs:.4g} epochs.")
     detail(f"attention: {attention.name} ({attention.reason})")

@@ -21,16 +21,12 @@ from transformers.training_args import TrainingArguments as Args
 
 from axolotl.config.train import TrainSection
 from axolotl.console import note
-from axolotl.errors import AxolotlError
 from axolotl.train.arguments import best_metric
 from axolotl.train.cadence import Cadence
+from axolotl.train.steps import TrainingDiverged
 from axolotl.train.trainer import TrainerMixin
 
 LOSS_PATIENCE = 3
-
-
-class TrainingDiverged(AxolotlError):
-    """The loss is no number any more, or stays above the threshold that the user set."""
 
 
 class EpochOrder(TrainerCallback):
@@ -61,12 +57,13 @@ class AtSteps(TrainerCallback):
 
 
 class LossWatch(TrainerCallback):
-    """Ends a run whose loss is not finite, or above `loss_watchdog_threshold`, in several log lines on end.
+    """Ends a run whose loss is above `loss_watchdog_threshold` in several log lines on end.
 
-    It reads them from the history that a checkpoint keeps, so it needs no state of its own.
+    `numbers`: also one whose loss is not finite; for runs in which steps are not checked one by one. It reads them from the history that a checkpoint keeps, so it needs no state of its own.
     """
 
-    def __init__(self, train: TrainSection) -> None:
+    def __init__(self, train: TrainSection, *, numbers: bool = False) -> None:
+        self.numbers = numbers
         self.threshold = train.loss_watchdog_threshold
         self.patience = train.loss_watchdog_patience or LOSS_PATIENCE
 
@@ -79,7 +76,7 @@ class LossWatch(TrainerCallback):
                 break
         if len(losses) < self.patience or "loss" not in state.log_history[-1]:
             return
-        if not any(map(math.isfinite, losses)):
+        if self.numbers and not any(map(math.isfinite, losses)):
             raise TrainingDiverged(
                 f"The loss was not a finite number {self.patience} times on end, at step {state.global_step} the last "
                 "time. Lower `learning_rate`, raise `warmup_steps`, or train in bf16 instead of fp16; then resume from "

@@ -42,6 +42,12 @@ class RunState:
     ranks: int
     trained_tokens: int
     """Tokens so far that were predicted and not masked."""
+    bad_steps: int = 0
+    """Steps that were left out because loss or gradient was no number."""
+    bad_streak: int = 0
+    """Those on end."""
+    split: int = 1
+    """Parts in which each micro batch is computed, since the GPU's memory ran out."""
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -91,8 +97,15 @@ def publish(written: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None for an intact one. Reads every byte.
+def flush_all(folder: Path) -> None:
+    """Waits until every file of a folder is on the disk."""
+    for file in folder.rglob("*"):
+        _flush(file)
+    _flush(folder)
+
+
+def damage(folder: Path, *, thorough: bool = True) -> str | None:
+    """What is wrong with a checkpoint, or None for an intact one. Reads every byte; if not thorough, only sizes.
 
     A checkpoint without a manifest comes from another program; it counts as intact when it has transformers' state.
     """
@@ -112,6 +125,8 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if size != facts["size"]:
             return f"{name} has {size} bytes instead of {facts['size']}"
+    if not thorough:
+        return None
     try:
         actual = _hashed(folder, list(expected))
     except OSError as error:
@@ -183,12 +198,21 @@ def _problem(message: str, remedy: str) -> Problem:
     return Problem(message, remedy, "checkpoint", ("resume_from_checkpoint",))
 
 
-def rotate(output_dir: Path, keep: int | None, best: str | None, run_id: str) -> None:
-    """Deletes the oldest checkpoints of this run beyond `keep`; never the newest, never the best."""
+def rotate(output_dir: Path, keep: int | None, best: str | None, saved: Path) -> None:
+    """Deletes the oldest checkpoints of this run beyond `keep`; never the one just saved, never the best.
+
+    Later ones, from before the run went back to an earlier step, do not count and stay: they may be damaged, and must
+    not push out a good one.
+    """
     if not keep:
         return
-    mine = [p for p in list_checkpoints(output_dir) if read_json(p / STATE).get("run_id") == run_id]
-    kept = {p.name for p in mine[:1]} | ({Path(best).name} if best else set())
+    run_id, step = read_json(saved / STATE).get("run_id"), checkpoint_step(saved)
+    mine = [
+        p
+        for p in list_checkpoints(output_dir)
+        if checkpoint_step(p) <= step and read_json(p / STATE).get("run_id") == run_id
+    ]
+    kept = {saved.name} | ({Path(best).name} if best else set())
     for folder in mine:
         if len(kept) < keep:
             kept.add(folder.name)
@@ -220,8 +244,10 @@ def differences(saved: RunState, present: RunState) -> list[str]:
 def read_state(folder: Path) -> RunState | None:
     """Our state in a checkpoint; None where another program wrote it."""
     values = read_json(folder / STATE)
-    names = {f.name for f in dataclasses.fields(RunState)}
-    return RunState(**{k: values[k] for k in names}) if names <= set(values) else None
+    fields = dataclasses.fields(RunState)
+    if not {f.name for f in fields if f.default is dataclasses.MISSING} <= set(values):
+        return None
+    return RunState(**{f.name: values[f.name] for f in fields if f.name in values})
 
 
 def write_state(folder: Path, state: RunState) -> None:

@@ -1,25 +1,29 @@
 """What a run tells while it goes on: one live line for a person, and run.jsonl for programs.
 
 run.jsonl has one JSON object per line; a resumed run cuts it back to the step it continues from. Every line has
-`kind` (train, eval or end), `step` (counted from 1; 0 before the first), `epoch` and `time` (seconds since 1970).
+`kind` (train, eval, event or end), `step` (counted from 1; 0 before the first), `epoch` and `time` (seconds since 1970).
 
 train   loss (mean over trained tokens), ppl, grad_norm (before clipping), learning_rate, tokens (seen so far, without
         padding), trained_tokens, tokens_per_second (without padding, all ranks, evaluation and saving not counted),
-        seconds_per_step, peak_memory_gib
+        seconds_per_step, peak_memory_gib; data_, forward_, backward_, optimizer_, save_ and evaluate_seconds since the
+        line before, as this process saw them (a GPU works on behind its back)
 eval    eval_loss (mean over all trained tokens of the set), eval_ppl, eval_runtime, ...
+event   message: a warning, such as of a save that failed or a step that was left out
 end     train_runtime (seconds), train_loss (mean of this process's steps), ...
 A number that is not finite is written as null.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from rich.live import Live
 from rich.text import Text
@@ -28,7 +32,7 @@ from transformers.trainer_callback import TrainerControl as Control
 from transformers.trainer_callback import TrainerState as State
 from transformers.training_args import TrainingArguments as Args
 
-from axolotl.console import is_main_process, stderr
+from axolotl.console import is_main_process, stderr, warn
 
 REFRESH = 0.1  # seconds between two redrawings of the live line
 
@@ -38,29 +42,69 @@ class RunLog(TrainerCallback):
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.stream: IO[str] | None = None
+        self.open = False
+        self.waiting = bytearray()
+        """Lines that the disk did not take yet."""
+        self.troubled = False
 
     def on_train_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         if is_main_process():
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            cut_back(self.file, state.global_step)
-            self.stream = self.file.open("a", encoding="utf-8")
+            self.open = True
+            try:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                cut_back(self.file, state.global_step)
+            except OSError as error:
+                warn(f"{self.file} cannot be written ({error.strerror}); its lines wait.")
 
     def on_log(
         self, args: Args, state: State, control: Control, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        if self.stream is None or not logs:
+        if logs:
+            self._add({"kind": kind_of(logs), "step": state.global_step, **logs})
+
+    def event(self, step: int, epoch: float | None, message: str) -> None:
+        """A line of kind `event`."""
+        self._add({"kind": "event", "step": step, "epoch": epoch, "message": message})
+
+    def _add(self, line: dict[str, Any]) -> None:
+        if not self.open:
             return
-        line = {"kind": kind_of(logs), "step": state.global_step, **logs, "time": time.time()}
+        line["time"] = time.time()
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self.stream.write(json.dumps(finite, default=str) + "\n")
-        self.stream.flush()
+        self.waiting += (json.dumps(finite, default=str) + "\n").encode()
+        self._write()
+
+    def _write(self) -> None:
+        """Appends what waits; where the disk refuses, it goes on waiting, and training goes on."""
+        try:
+            handle = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            if not self.file.parent.exists():
+                with contextlib.suppress(OSError):
+                    self.file.parent.mkdir(parents=True)
+            self._told(error)
+            return
+        try:
+            while self.waiting:
+                # A disk that fills up may take a part.
+                del self.waiting[: os.write(handle, bytes(self.waiting))]
+            self.troubled = False
+        except OSError as error:
+            self._told(error)
+        finally:
+            with contextlib.suppress(OSError):
+                os.close(handle)
+
+    def _told(self, error: OSError) -> None:
+        if not self.troubled:
+            warn(f"{self.file} cannot be written ({error.strerror}); its lines wait.")
+        self.troubled = True
 
     def close(self) -> None:
-        """Closes the file."""
-        if self.stream is not None:
-            self.stream.close()
-            self.stream = None
+        """Writes what has waited."""
+        if self.waiting:
+            self._write()
+        self.open = False
 
 
 def kind_of(logs: dict[str, Any]) -> str:
@@ -86,7 +130,9 @@ def cut_back(file: Path, step: int) -> None:
         # The checkpoint was saved after the evaluation of its step; the end of an earlier stretch is no end any more.
         if line.get("step", 0) <= step and line.get("kind") != "end":
             kept.append(text)
-    file.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
+    aside = file.with_name(f".{file.name}.tmp")
+    aside.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
+    os.replace(aside, file)
 
 
 class ProgressLine(TrainerCallback):

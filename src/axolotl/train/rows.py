@@ -66,9 +66,13 @@ class TokenRows(torch.utils.data.Dataset[Any]):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def saved_row(self, i: int) -> int:
+        """Where a row stands in the saved dataset, of which this may be a selection."""
+        return i if self._chosen is None else int(self._chosen[i])
+
     def row(self, i: int) -> Row:
         """Token ids and labels of one row."""
-        at = i if self._chosen is None else int(self._chosen[i])
+        at = self.saved_row(i)
         return self._ids[at], self._labels[at]
 
     def __getitem__(self, bin_: Sequence[int]) -> list[Row]:

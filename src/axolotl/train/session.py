@@ -5,17 +5,19 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from transformers import Trainer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from axolotl.config import Config
-from axolotl.console import note, success
+from axolotl.console import note, success, warn
+from axolotl.data.stream import streamed_entries, streams
 from axolotl.distributed.world import keep_freed_memory, world
 from axolotl.errors import CheckpointError, EnvironmentProblem
 from axolotl.model.load import ready_to_serve
@@ -25,12 +27,16 @@ from axolotl.train.checkpoint import (
     RUN,
     checkpoint_step,
     clear_staging,
+    flush_all,
     read_json,
     resume_folder,
     write_json,
 )
 from axolotl.train.progress import ProgressLine, RunLog, duration
+from axolotl.train.record import changed_config
+from axolotl.train.saving import is_disk_trouble, persistently
 from axolotl.train.trainer import Interrupted, Parts
+from axolotl.train.watch import HangWatch, TimeLimit
 
 __all__ = ["ResumePoint", "TrainResult", "build_trainer", "resume_point", "seed_everything", "train"]
 
@@ -79,7 +85,11 @@ def resume_point(cfg: Config) -> ResumePoint:
         anywhere = not resume or resume.lower() in ("true", "auto")
         if anywhere and run.get("complete") and run.get("config") == config_digest(cfg):
             return ResumePoint(None, complete=True)
-    return ResumePoint(resume_folder(resume, auto, output_dir))
+    folder = resume_folder(resume, auto, output_dir)
+    if folder is not None:
+        for change in changed_config(cfg, folder, checkpoint_step(folder)):
+            warn(f"Since {folder.name} was saved, {change}.")
+    return ResumePoint(folder)
 
 
 def train(trainer: Trainer, cfg: Config, resume: Path | None = None) -> TrainResult:
@@ -100,13 +110,12 @@ def train(trainer: Trainer, cfg: Config, resume: Path | None = None) -> TrainRes
         trainer._load_from_checkpoint(str(resume))
         trainer.state.global_step = checkpoint_step(resume)
         return _finish(trainer, cfg, None, {}, time.time())
-    run = {"run_id": parts.run_id, "config": config_digest(cfg), "complete": False, "total_steps": total}
     if main:
-        write_json(output_dir / RUN, run)
+        write_json(output_dir / RUN, parts.run)
         if resume is not None:
             note(f"Continuing from {resume}.")
     started = time.time()
-    signals = _callback(trainer, Signals)
+    signals, limit = _callback(trainer, Signals), _callback(trainer, TimeLimit)
     interrupted = False
     # What the imports have left in memory stays; looking through it again costs the loop half a second.
     gc.freeze()
@@ -120,12 +129,21 @@ def train(trainer: Trainer, cfg: Config, resume: Path | None = None) -> TrainRes
             except Interrupted:
                 interrupted = True
                 trainer._save_checkpoint(trainer.model_wrapped, None)
+            except torch.OutOfMemoryError as error:
+                raise EnvironmentProblem(
+                    f"The GPU's memory ran out after step {trainer.state.global_step}: {str(error).splitlines()[0]}",
+                    "Lower `eval_batch_size`, `micro_batch_size` or `sequence_len`, or choose an 8-bit `optimizer`.",
+                ) from error
     finally:
+        _callback(trainer, HangWatch).close()
         gc.unfreeze()
+        parts.batches.close()
         _callback(trainer, ProgressLine).close()
         _callback(trainer, RunLog).close()
     if signals.received is not None and (interrupted or trainer.state.global_step < total):
-        return _stopped(trainer, cfg, signals.received)
+        return _stopped(trainer, cfg, signals.received.name, 128 + signals.received.value)
+    if limit.reached and (interrupted or trainer.state.global_step < total):
+        return _stopped(trainer, cfg, f"`max_time: {duration(limit.limit)}`", 0)
     metrics = {k: v for k, v in output.metrics.items() if isinstance(v, int | float)}
     return _finish(trainer, cfg, float(output.training_loss), metrics, started)
 
@@ -147,19 +165,20 @@ def _callback(trainer: Trainer, kind: type[Any]) -> Any:
     return next(c for c in trainer.callback_handler.callbacks if isinstance(c, kind))
 
 
-def _stopped(trainer: Trainer, cfg: Config, received: signal.Signals) -> TrainResult:
-    """Says how to go on after a signal."""
+def _stopped(trainer: Trainer, cfg: Config, why: str, exit_code: int) -> TrainResult:
+    """Says how to go on after a signal or the end of the time."""
     folder = trainer.checkpoint_folder()  # type: ignore[attr-defined]
     step, total = trainer.state.global_step, trainer.parts.volume.total_steps  # type: ignore[attr-defined]
+    if not folder.is_dir():
+        # A save that the disk refused is tried once more: there is no later one.
+        trainer._save_checkpoint(trainer.model_wrapped, None)
     saved = folder if folder.is_dir() else None
     if saved:
         command = f"axolotl train {_sources(cfg)} --resume-from-checkpoint {saved}"
-        note(
-            f"Stopped by {received.name} at step {step} of {total}; saved {saved}.\nTo continue:\n  {command}"
-        )
+        note(f"Stopped by {why} at step {step} of {total}; saved {saved}.\nTo continue:\n  {command}")
     else:
-        note(f"Stopped by {received.name} at step {step} of {total}; no checkpoint could be saved.")
-    return TrainResult(step, False, None, {}, 128 + received.value, saved)
+        note(f"Stopped by {why} at step {step} of {total}; no checkpoint could be saved.")
+    return TrainResult(step, False, None, {}, exit_code, saved)
 
 
 def _finish(
@@ -168,7 +187,8 @@ def _finish(
     output_dir = trainer.parts.output_dir  # type: ignore[attr-defined]
     save_final(trainer, cfg)
     if world().is_main:
-        run = read_json(output_dir / RUN) | {"complete": True, "config": config_digest(cfg)}
+        run = read_json(output_dir / RUN) | trainer.parts.run  # type: ignore[attr-defined]
+        run |= {"complete": True, "ended": time.time()}
         write_json(output_dir / RUN, run)
         _summary(trainer, cfg, loss, time.time() - started)
     return TrainResult(trainer.state.global_step, True, loss, metrics)
@@ -177,44 +197,58 @@ def _finish(
 def save_final(trainer: Trainer, cfg: Config) -> None:
     """Writes weights or adapter, tokenizer, generation config, resolved config and model card into output_dir.
 
-    They are written aside first, so that output_dir never holds half a model. Raises CheckpointError.
+    They are written aside first, so that output_dir never holds half a model. A disk that refuses is asked again for
+    half a minute. Raises CheckpointError.
     """
     output_dir: Path = trainer.parts.output_dir  # type: ignore[attr-defined]
-    aside = output_dir / ".tmp-final"
-    inner = trainer.accelerator.unwrap_model(trainer.model)
-    ready_to_serve(inner)
+    ready_to_serve(trainer.accelerator.unwrap_model(trainer.model))
     try:
-        trainer.save_model(str(aside), _internal_call=True)
-        if not world().is_main:
-            return
-        base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-        if getattr(base, "generation_config", None) is not None and base.can_generate():
-            base.generation_config.save_pretrained(aside)
-        (aside / "training_args.bin").unlink(missing_ok=True)
-        (aside / "axolotl_config.yml").write_text(cfg.resolved_yaml(), encoding="utf-8")
-        (aside / "README.md").write_text(model_card(trainer, cfg), encoding="utf-8")
-        # A shard of earlier weights that the new ones do not replace would be loaded with them.
-        for stale in (*output_dir.glob("model*.safetensors*"), *output_dir.glob("adapter_*")):
-            if not (aside / stale.name).exists():
-                stale.unlink()
-        for file in sorted(aside.iterdir()):
-            target = output_dir / file.name
-            if file.is_dir():
-                shutil.rmtree(target, ignore_errors=True)
-            os.replace(file, target)
-        aside.rmdir()
-    except OSError as error:
+        tries = 1 if world().size > 1 else 4
+        persistently(lambda: _write_final(trainer, cfg, output_dir), "The final weights", tries)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not is_disk_trouble(error):
+            raise
         raise CheckpointError(
-            f"The final weights could not be written into {output_dir}: {error.strerror or error}.",
+            f"The final weights could not be written into {output_dir}: {getattr(error, 'strerror', None) or error}.",
             "Free some space, then run the same command with `--auto-resume-from-checkpoints`.",
         ) from error
+
+
+def _write_final(trainer: Trainer, cfg: Config, output_dir: Path) -> None:
+    aside = output_dir / ".tmp-final"
+    inner = trainer.accelerator.unwrap_model(trainer.model)
+    shutil.rmtree(aside, ignore_errors=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    trainer.save_model(str(aside), _internal_call=True)
+    if not world().is_main:
+        return
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    if getattr(base, "generation_config", None) is not None and base.can_generate():
+        base.generation_config.save_pretrained(aside)
+    (aside / "training_args.bin").unlink(missing_ok=True)
+    (aside / "axolotl_config.yml").write_text(cfg.resolved_yaml(), encoding="utf-8")
+    (aside / "README.md").write_text(model_card(trainer, cfg), encoding="utf-8")
+    flush_all(aside)
+    # A shard of earlier weights that the new ones do not replace would be loaded with them.
+    for stale in (*output_dir.glob("model*.safetensors*"), *output_dir.glob("adapter_*")):
+        if not (aside / stale.name).exists():
+            stale.unlink()
+    for file in sorted(aside.iterdir()):
+        target = output_dir / file.name
+        if file.is_dir():
+            shutil.rmtree(target, ignore_errors=True)
+        os.replace(file, target)
+    aside.rmdir()
 
 
 def model_card(trainer: Trainer, cfg: Config) -> str:
     """A short README: what was trained, on what, and how it can be made again."""
     base, volume = cfg.model.base_model, trainer.parts.volume  # type: ignore[attr-defined]
     kind = cfg.adapter.adapter
-    data = ", ".join(f"`{entry.path}`" for entry in cfg.data.datasets) or "none named"
+    data = ", ".join(f"`{entry.path}`" for _, entry, _ in streamed_entries(cfg.data)) or "none named"
+    extent = f"in {volume.epochs:.4g} epochs of {volume.tokens_per_epoch:,} tokens"
+    if streams(cfg.data):
+        extent = f"of {trainer.state.num_input_tokens_seen:,} streamed tokens"
     library = "peft" if kind else "transformers"
     what = (
         f"A {kind.upper() if kind == 'lora' else 'QLoRA' if kind == 'qlora' else kind} adapter for"
@@ -225,8 +259,8 @@ def model_card(trainer: Trainer, cfg: Config) -> str:
         f"---\nlibrary_name: {library}\nbase_model: {base}\ntags:\n- axolotl\n- generated_from_trainer\n---\n\n"
         f"# {Path(cfg.output.output_dir).name}\n\n"
         f"{what} `{base}`, trained with axolotl.\n\n"
-        f"- data: {data}\n- steps: {trainer.state.global_step}, in {volume.epochs:.4g} epochs of "
-        f"{volume.tokens_per_epoch:,} tokens\n- evaluation loss: {_last(trainer, 'eval_loss')}\n\n"
+        f"- data: {data}\n- steps: {trainer.state.global_step}, {extent}\n"
+        f"- evaluation loss: {_last(trainer, 'eval_loss')}\n\n"
         "`axolotl_config.yml` is the config that repeats the run.\n"
     )
 

@@ -94,7 +94,10 @@ class StreamedRows(Dataset[Any]):
         first = (n - now.place.batch) * self.bins_per_batch
         bins = range(first, min(first + self.bins_per_batch, len(now.plan)))
         ends = np.cumsum(now.rows.lengths)
-        return [self._bin(now, [(int(ends[r] - now.rows.lengths[r]), int(ends[r])) for r in now.plan[b]]) for b in bins]
+        return [
+            self._bin(now, [(int(ends[r] - now.rows.lengths[r]), int(ends[r])) for r in now.plan[b]])
+            for b in bins
+        ]
 
     def _bin(self, now: Packed, spans: list[tuple[int, int]]) -> list[Row]:
         rows = [(now.rows.ids[a:b], now.rows.labels[a:b]) for a, b in spans]
@@ -111,7 +114,7 @@ class StreamedRows(Dataset[Any]):
         assert self._ahead
         self._now = self._ahead.next()
         # A checkpoint asks for the buffer in use or one of the few before it.
-        self._places = [*self._places[-50:], self._now.place]
+        self._places = [self._places[0], *self._places[1:][-50:], self._now.place]
         return self._now
 
     def _packed(self, place: Place) -> Iterator[Packed]:
@@ -182,9 +185,13 @@ class Numbers(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.count
 
+    def bins_of(self, i: int) -> list[int]:
+        """What the rows are asked for to get the i-th batch of this rank."""
+        return [i * self.ranks + self.rank]
+
     def __iter__(self) -> Iterator[list[int]]:
         for i in range(self.count):
-            yield [i * self.ranks + self.rank]
+            yield self.bins_of(i)
 
 
 @dataclass(frozen=True)
@@ -223,6 +230,10 @@ class StreamSource:
         """Writes into a checkpoint where batch `batch` is found again."""
         place = self.rows.place_of(batch)
         (folder / PLACE).write_text(json.dumps(asdict(place)) + "\n", encoding="utf-8")
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        self.rows.close()
 
     def go_to(self, checkpoint: Path) -> None:
         """Reads on from where a checkpoint says."""
@@ -273,7 +284,9 @@ def stream_batches(
         collator = PackedCollator(pad_token_id, attention.joined, full, multiple)
     per_batch = 1 if joined else micro
     rows = StreamedRows(stream, packed if packs else single, per_batch, apart or not packs)
-    options = f"{seed} {capacity} {per_batch} {packs} {apart} {in_order} {limit} {data.sample_packing_sequentially}"
+    options = (
+        f"{seed} {capacity} {per_batch} {packs} {apart} {in_order} {limit} {data.sample_packing_sequentially}"
+    )
     return StreamSource(rows, collator, f"{options} {data.group_by_length}")
 
 

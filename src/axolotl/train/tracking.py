@@ -1,11 +1,18 @@
-"""Experiment trackers: which ones a config asks for, and the environment in which they find their settings."""
+"""Experiment trackers: which ones a config asks for, where they find their settings, and how they cannot stop a run."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
-from collections.abc import Mapping
+import queue
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_callback import TrainerCallback
 
 from axolotl.config.output import OutputSection
 from axolotl.config.tracking import TrackingSection
@@ -91,3 +98,95 @@ def start_tracking(tracking: TrackingSection, output: OutputSection) -> list[str
 
 def _flag(value: bool | None) -> str | None:
     return None if value is None else str(value).lower()
+
+
+def guarded(names: list[str], tell: Callable[[str], None]) -> list[TrainerCallback]:
+    """The trackers as callbacks that cannot stop a run: each works in a thread of its own."""
+    return [Guarded(name, tell) for name in names]
+
+
+class Guarded(TrainerCallback):
+    """Passes on to a tracker what happens, in a thread of its own.
+
+    A tracker that raises is told of and left out after three times; one that does not answer is left behind.
+    """
+
+    PATIENCE = 3
+    WAIT = 60.0
+    """Seconds that the beginning and the end of a run wait for the tracker."""
+    QUEUED = 10_000
+
+    def __init__(
+        self, name: str, tell: Callable[[str], None], make: Callable[[], TrainerCallback] | None = None
+    ) -> None:
+        self.name, self.tell = name, tell
+        self.make = make or (lambda: get_reporting_integration_callbacks([name])[0]())
+        self.failures, self.off = 0, False
+        self.orders: queue.Queue[Any] = queue.Queue(self.QUEUED)
+        self.done = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def _work(self) -> None:
+        try:
+            tracker = self.make()
+        except BaseException as error:
+            return self._leave(f"cannot be started: {type(error).__name__}: {error}")
+        while not self.off:
+            order = self.orders.get()
+            if order is None:
+                self.done.set()
+                continue
+            event, args, state, control, kwargs = order
+            try:
+                getattr(tracker, event)(args, state, control, **kwargs)
+                self.failures = 0
+            except BaseException as error:
+                self.failures += 1
+                if self.failures >= self.PATIENCE:
+                    return self._leave(
+                        f"failed {self.failures} times on end: {type(error).__name__}: {error}"
+                    )
+        return None
+
+    def _leave(self, why: str) -> None:
+        self.off = True
+        self.done.set()
+        self.tell(f"The tracker {self.name} {why}. Training goes on without it; run.jsonl has every figure.")
+
+    def _pass(self, event: str, args: Any, state: Any, control: Any, kwargs: dict[str, Any]) -> None:
+        if self.off:
+            return
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
+            self.thread.start()
+        # The training loop goes on writing into these.
+        kwargs = {k: copy.copy(v) if k in ("logs", "metrics") else v for k, v in kwargs.items()}
+        try:
+            self.orders.put_nowait((event, args, copy.copy(state), copy.copy(control), kwargs))
+        except queue.Full:
+            self._leave("does not answer")
+
+    def _wait(self) -> None:
+        if self.off:
+            return
+        self.done.clear()
+        self.orders.put(None)
+        if not self.done.wait(self.WAIT):
+            self._leave(f"has not answered for {self.WAIT:.0f} seconds")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._pass("on_train_begin", args, state, control, kwargs)
+        self._wait()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._pass("on_train_end", args, state, control, kwargs)
+        self._wait()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._pass("on_log", args, state, control, kwargs)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._pass("on_evaluate", args, state, control, kwargs)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._pass("on_save", args, state, control, kwargs)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer import Trainer
@@ -35,7 +32,10 @@ from axolotl.errors import AxolotlError, DataError
 from axolotl.optim.build import build_optimizer, build_schedule
 from axolotl.train.batches import BatchSource, EpochBatches
 from axolotl.train.cadence import Cadence
-from axolotl.train.checkpoint import RunState, publish, rotate, staging, write_state
+from axolotl.train.checkpoint import RunState
+from axolotl.train.saving import Saving
+from axolotl.train.steps import Clock, Steps
+from axolotl.train.streamed import Numbers, StreamSource
 
 # The mixin goes in front of trainers of several packages; for a type checker it is in front of this one.
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Parts:
     optim: OptimSection
     adapter: AdapterSection
     train: TrainSection
-    batches: BatchSource
+    batches: BatchSource | StreamSource
     eval_batches: BatchSource | None
     volume: Volume
     cadence: Cadence
@@ -69,37 +69,13 @@ class Parts:
     """Keep what the backward pass needs in CPU memory."""
     interrupted: Callable[[], bool] = field(default=lambda: False)
     """True once the run was asked to end."""
+    asked: dict[str, Any] = field(default_factory=dict)
+    """What the config asks for, as plain data without secrets; saved with each checkpoint."""
+    run: dict[str, Any] = field(default_factory=dict)
+    """What run.json holds while the run goes on."""
 
 
-class Clock:
-    """Time spent on training between two log lines: what evaluation and saving take is left out."""
-
-    def __init__(self) -> None:
-        self.since = time.perf_counter()
-        self.tokens, self.step = 0, 0
-
-    def start(self, tokens: int, step: int) -> None:
-        """Begins an interval at these counts."""
-        self.since, self.tokens, self.step = time.perf_counter(), tokens, step
-
-    @contextlib.contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Time that does not count."""
-        at = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.since += time.perf_counter() - at
-
-    def lap(self, tokens: int, step: int) -> tuple[float, float]:
-        """(tokens per second, seconds per step) since the last lap."""
-        seconds = max(time.perf_counter() - self.since, 1e-9)
-        rate, per_step = (tokens - self.tokens) / seconds, seconds / max(step - self.step, 1)
-        self.start(tokens, step)
-        return rate, per_step
-
-
-class TrainerMixin(_Base):
+class TrainerMixin(Saving, Steps, _Base):
     """Goes in front of a trainer class. The loss is normalised by the trained tokens of the whole global batch."""
 
     model: Any
@@ -113,12 +89,10 @@ class TrainerMixin(_Base):
         self.parts = parts
         self.clock = Clock()
         self.trained_tokens = 0
-        self.order: EpochBatches | None = None
+        self.order: EpochBatches | Numbers | None = None
         self.asked_to_end = False
         """Some rank got a signal before this step; all ranks know it."""
-        self._aside: Path | None = None
-        self._to_push: str | None = None
-        self._failed_losses: torch.Tensor | None = None
+        self.tell: Callable[[str], None] = warn
         self._parameters: int | None = None
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
@@ -144,7 +118,9 @@ class TrainerMixin(_Base):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: Any = None
     ) -> tuple[list[Any], torch.Tensor | None]:
         """The batches of one step, and how many tokens they train on all ranks together."""
-        batches = list(itertools.islice(epoch_iterator, num_batches))
+        self.begin_step()
+        with self.clock.counted("data"):
+            batches = list(itertools.islice(epoch_iterator, num_batches))
         counts = [batch.pop("token_counts") for batch in batches]
         wish = int(self.parts.interrupted())
         tokens, targets, wishes = self._over_ranks(sum(c[0] for c in counts), sum(c[1] for c in counts), wish)
@@ -169,15 +145,6 @@ class TrainerMixin(_Base):
         if self.parts.offload and device == "cuda" and torch.is_grad_enabled():
             stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=True))
         return stack
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass. A loss that is not finite is counted apart and logged as NaN."""
-        loss = super().training_step(*args, **kwargs)
-        finite = torch.isfinite(loss)
-        failed = (~finite).to(torch.int64)
-        self._failed_losses = failed if self._failed_losses is None else self._failed_losses + failed
-        # The trainer sums losses until it logs, and would never get rid of a NaN again.
-        return torch.where(finite, loss, torch.zeros_like(loss))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         # Counting parameters anew for every batch, as transformers does, costs milliseconds.
@@ -206,7 +173,7 @@ class TrainerMixin(_Base):
     # Evaluation
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with self.clock.stopped():
+        with self.clock.stopped("evaluate"):
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(
@@ -263,7 +230,7 @@ class TrainerMixin(_Base):
                 logs["loss"] = math.nan
             self._failed_losses = None
             tokens = self.state.num_input_tokens_seen
-            rate, per_step = self.clock.lap(tokens, self.state.global_step)
+            rate, per_step, spent = self.clock.lap(tokens, self.state.global_step)
             logs |= {
                 "ppl": perplexity(logs["loss"]),
                 "tokens": tokens,
@@ -272,6 +239,7 @@ class TrainerMixin(_Base):
                 "seconds_per_step": per_step,
                 "peak_memory_gib": peak_memory_bytes() / 2**30,
             }
+            logs |= {f"{what}_seconds": round(seconds, 6) for what, seconds in spent.items()}
         super().log(logs, *args, **kwargs)
 
     # Checkpoints
@@ -288,61 +256,10 @@ class TrainerMixin(_Base):
             seed=self.args.seed,
             ranks=self.args.world_size,
             trained_tokens=self.trained_tokens,
+            bad_steps=self.bad_steps,
+            bad_streak=self.bad_streak,
+            split=self.split,
         )
-
-    def checkpoint_folder(self) -> Path:
-        """Where the checkpoint of the present step stands."""
-        return self.parts.output_dir / f"checkpoint-{self.state.global_step}"
-
-    def _get_output_dir(self, trial: Any = None) -> str:
-        return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # It uploads from the folder in the background, so the folder has to have its final name.
-        if self._aside is not None:
-            self._to_push = checkpoint_folder
-        else:
-            super()._push_from_checkpoint(checkpoint_folder)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Saves aside and publishes when whole. A save that fails for want of room is told, and training goes on."""
-        with self.clock.stopped():
-            aside = staging(self.parts.output_dir, self.state.global_step)
-            if self.args.should_save:
-                shutil.rmtree(aside, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            try:
-                self._aside = aside
-                try:
-                    super()._save_checkpoint(*args, **kwargs)
-                finally:
-                    self._aside = None
-                # Every rank writes its random state: the folder is whole when all have.
-                self.accelerator.wait_for_everyone()
-                if self.args.should_save:
-                    self._publish(aside)
-            except (OSError, SafetensorError, RuntimeError) as error:
-                if not _is_disk_trouble(error):
-                    raise
-                shutil.rmtree(aside, ignore_errors=True)
-                warn(
-                    f"The checkpoint of step {self.state.global_step} could not be saved: {error}. Training goes on."
-                )
-
-    def _publish(self, aside: Path) -> None:
-        parts, final = self.parts, self.checkpoint_folder()
-        written = aside / final.name
-        best = self.state.best_global_step
-        if best and (best == self.state.global_step or (parts.output_dir / f"checkpoint-{best}").exists()):
-            self.state.best_model_checkpoint = str(parts.output_dir / f"checkpoint-{best}")
-        self.state.save_to_json(str(written / "trainer_state.json"))
-        write_state(written, self.run_state())
-        publish(written, final)
-        shutil.rmtree(aside, ignore_errors=True)
-        rotate(parts.output_dir, parts.train.save_total_limit, self.state.best_model_checkpoint, parts.run_id)
-        if self._to_push is not None:
-            self._to_push = None
-            self._push_from_checkpoint(str(final))
 
 
 class CausalTrainer(TrainerMixin, Trainer):  # type: ignore[misc]
@@ -368,9 +285,3 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
-
-
-def _is_disk_trouble(error: Exception) -> bool:
-    if isinstance(error, OSError | SafetensorError):
-        return True
-    return any(sign in str(error) for sign in ("PytorchStreamWriter", "inline_container", "No space left"))

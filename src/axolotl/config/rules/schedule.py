@@ -11,8 +11,12 @@ from axolotl.errors import Problem
 _TRAINS = ("train", "check")
 
 
+def _streamed(cfg: Config) -> bool:
+    return bool(cfg.data.streaming or cfg.data.pretraining_dataset)
+
+
 def _evaluates(cfg: Config) -> bool:
-    return bool(cfg.data.val_set_size or cfg.data.test_datasets)
+    return bool(cfg.data.test_datasets or (cfg.data.val_set_size and not _streamed(cfg)))
 
 
 @rule("learning_rate", verbs=_TRAINS)
@@ -202,10 +206,10 @@ def one_rhythm_of_saving(cfg: Config) -> Iterator[Problem]:
 @rule("evals_per_epoch", "eval_steps", "eval_strategy", "val_set_size", "test_datasets", verbs=TRAINING)
 def evaluation_needs_rows(cfg: Config) -> Iterator[Problem]:
     """Without a share or datasets for it, nothing is evaluated: a contradiction where `val_set_size: 0` is written."""
-    if _evaluates(cfg) or cfg.data.pretraining_dataset:
+    if _evaluates(cfg):
         return
     train = cfg.train
-    remedy = "Set `val_set_size`, or add `test_datasets`."
+    remedy = "Add `test_datasets`." if _streamed(cfg) else "Set `val_set_size`, or add `test_datasets`."
     if train.evals_per_epoch:
         yield warning(
             "`evals_per_epoch` has no effect: there is nothing to evaluate on.",
@@ -216,7 +220,7 @@ def evaluation_needs_rows(cfg: Config) -> Iterator[Problem]:
     key = "eval_strategy" if train.eval_strategy not in (None, "no") else "eval_steps"
     if key == "eval_steps" and not train.eval_steps:
         return
-    if cfg.is_set("val_set_size"):
+    if cfg.is_set("val_set_size") and not _streamed(cfg):
         yield conflict(
             f"`{key}` asks for an evaluation, but `val_set_size` is 0 and there are no `test_datasets`.",
             remedy,
@@ -253,7 +257,7 @@ def the_best_needs_evaluation(cfg: Config) -> Iterator[Problem]:
         if not _evaluates(cfg) or train.eval_strategy == "no":
             yield conflict(
                 f"`{key}` goes by the evaluation, and there is none.",
-                "Set `val_set_size` and `evals_per_epoch`.",
+                f"{'Add `test_datasets`' if _streamed(cfg) else 'Set `val_set_size`'} and `evals_per_epoch`.",
                 key,
                 "val_set_size",
             )

@@ -1,0 +1,249 @@
+"""Saving checkpoints so that nothing that happens to the disk costs more than the steps since the last good one.
+
+Before the first step the whole way is walked once (`rehearse`); before every save the free space is looked at; a save
+that fails is told, cleared away and tried again after 5, 10, 20, ... seconds, while training goes on.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from transformers.trainer import Trainer
+from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import TrainerControl as Control
+from transformers.trainer_callback import TrainerState as State
+from transformers.training_args import TrainingArguments as Args
+
+from axolotl.console import note, warn
+from axolotl.errors import CheckpointError, Problem
+from axolotl.train.checkpoint import RUN, RunState, publish, rotate, staging, write_json, write_state
+
+if TYPE_CHECKING:
+    from axolotl.train.trainer import TrainerMixin
+
+    _Base = Trainer
+else:
+    _Base = object
+
+FIRST_WAIT, LONGEST_WAIT = 5.0, 600.0  # seconds until a save that failed is tried again
+REHEARSED_BYTES = 4 << 30  # a trained state up to this size is written in full before the first step
+SLACK = 1 << 20
+_OF_NATIVE_WRITERS = (
+    "PytorchStreamWriter",
+    "inline_container",
+    "No space left",
+    "unexpected pos",
+    "I/O error",
+)
+
+
+class Saving(_Base):
+    """The part of our trainers that saves checkpoints."""
+
+    parts: Any
+    clock: Any
+    tell: Callable[[str], None]
+    """Warns, and writes the warning into run.jsonl."""
+    _aside: Path | None = None
+    _to_push: str | None = None
+    checkpoint_bytes = 0
+    """Size of the last checkpoint of this session; before the first, what it will be at least."""
+    save_seconds = 0.0
+    """What the last save took."""
+    save_failures = 0
+    """Saves on end that failed."""
+    retry_at = 0.0
+    """When a failed save is tried again (time.monotonic)."""
+
+    def run_state(self) -> RunState:
+        """Our own part of a checkpoint at the present step."""
+        raise NotImplementedError
+
+    def checkpoint_folder(self) -> Path:
+        """Where the checkpoint of the present step stands."""
+        return Path(self.parts.output_dir) / f"checkpoint-{self.state.global_step}"
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # It uploads from the folder in the background, so the folder has to have its final name.
+        if self._aside is not None:
+            self._to_push = checkpoint_folder
+        else:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Saves aside and publishes when whole. A save that fails for want of room is told, and training goes on."""
+        started = time.perf_counter()
+        with self.clock.stopped("save"):
+            aside = staging(self.parts.output_dir, self.state.global_step)
+            problem: Exception | None = None
+            try:
+                self._room(aside)
+            except OSError as error:
+                problem = error
+            # All ranks save, or none: saving may be a work of all.
+            if not any(self._over_ranks(int(problem is not None))):
+                problem = self._save_aside(aside, args, kwargs)
+            if problem is not None:
+                shutil.rmtree(aside, ignore_errors=True)
+                self._failed(problem)
+            elif self.save_failures:
+                note(f"The checkpoint of step {self.state.global_step} is saved.")
+                self.save_failures = 0
+        self.save_seconds = time.perf_counter() - started
+
+    def _save_aside(self, aside: Path, args: Any, kwargs: Any) -> Exception | None:
+        try:
+            self._aside = aside
+            try:
+                super()._save_checkpoint(*args, **kwargs)
+            finally:
+                self._aside = None
+            # Every rank writes its random state: the folder is whole when all have.
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._publish(aside)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not is_disk_trouble(error):
+                raise
+            return error
+        return None
+
+    def _over_ranks(self, *numbers: int) -> list[int]:
+        raise NotImplementedError
+
+    def _room(self, aside: Path) -> None:
+        """Makes the folder above `aside` if it has gone. Raises OSError where the disk has no room for a checkpoint."""
+        if not self.args.should_save:
+            return
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(aside.parent).free
+        if free < self.checkpoint_bytes + SLACK:
+            raise OSError(
+                28, f"{free / 2**20:.0f} MiB are free, it needs {self.checkpoint_bytes / 2**20:.0f}"
+            )
+
+    def _failed(self, error: Exception) -> None:
+        self.save_failures += 1
+        wait = min(FIRST_WAIT * 2 ** (self.save_failures - 1), LONGEST_WAIT)
+        self.retry_at = time.monotonic() + wait
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        self.tell(
+            f"The checkpoint of step {self.state.global_step} could not be saved: {reason}. Training goes on; the next "
+            f"try is in {wait:.0f} seconds."
+        )
+
+    def _publish(self, aside: Path) -> None:
+        parts, final = self.parts, self.checkpoint_folder()
+        written = aside / final.name
+        best = self.state.best_global_step
+        if best and (best == self.state.global_step or (parts.output_dir / f"checkpoint-{best}").exists()):
+            self.state.best_model_checkpoint = str(parts.output_dir / f"checkpoint-{best}")
+        self.state.save_to_json(str(written / "trainer_state.json"))
+        write_state(written, self.run_state())
+        parts.batches.save_place(
+            written, self.state.global_step * self.args.gradient_accumulation_steps * self.args.world_size
+        )
+        write_json(written / "axolotl_config.json", parts.asked)
+        publish(written, final)
+        shutil.rmtree(aside, ignore_errors=True)
+        self.checkpoint_bytes = size_of(final)
+        if parts.run and not (parts.output_dir / RUN).exists():
+            write_json(parts.output_dir / RUN, parts.run)
+        rotate(parts.output_dir, parts.train.save_total_limit, self.state.best_model_checkpoint, final)
+        if self._to_push is not None:
+            self._to_push = None
+            self._push_from_checkpoint(str(final))
+
+    def rehearse(self) -> None:
+        """Writes once all that a checkpoint holds, and removes it. Raises CheckpointError where that does not work.
+
+        A trained state of more than 4 GiB is not written, only looked for room for.
+        """
+        aside = Path(self.parts.output_dir) / ".tmp-rehearsal"
+        model: Any = self.model
+        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        problem: Exception | None = None
+        try:
+            self._room(aside)
+            if trained <= REHEARSED_BYTES:
+                self._write_all(aside)
+            if self.args.should_save:
+                # The optimizer has no state yet; most keep two numbers for each trained one.
+                states = (
+                    2 * trained if self.parts.cadence.save and not self.parts.train.save_only_model else 0
+                )
+                self.checkpoint_bytes = max(size_of(aside), trained) + states
+                self._room(aside)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not is_disk_trouble(error):
+                raise
+            problem = error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        if problem is not None:
+            reason = getattr(problem, "strerror", None) or str(problem).splitlines()[0]
+            raise CheckpointError(
+                Problem(
+                    f"A checkpoint cannot be saved in `output_dir: {self.parts.output_dir}`: {reason}.",
+                    "Free some space or choose another folder; nothing has been trained yet.",
+                    "environment",
+                    ("output_dir",),
+                )
+            )
+
+    def _write_all(self, aside: Path) -> None:
+        self.save_model(str(aside), _internal_call=True)
+        if self.parts.cadence.save and not self.parts.train.save_only_model:
+            self._save_optimizer_and_scheduler(str(aside))
+            self._save_scaler(str(aside))
+            self._save_rng_state(str(aside))
+
+
+class SaveCare(TrainerCallback):
+    """Rehearses saving before the first step, and asks again for a save that failed."""
+
+    def __init__(self, trainer: TrainerMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+        if not self.trainer.is_deepspeed_enabled and not self.trainer.is_fsdp_enabled:
+            self.trainer.rehearse()
+
+    def on_step_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+        if args.world_size <= 1 and self.trainer.save_failures and time.monotonic() >= self.trainer.retry_at:
+            control.should_save = True
+
+
+def is_disk_trouble(error: Exception) -> bool:
+    """Whether an error is one of the disk, in the words of whatever was writing."""
+    if isinstance(error, OSError | SafetensorError):
+        return True
+    return any(sign in str(error) for sign in _OF_NATIVE_WRITERS)
+
+
+def persistently(action: Callable[[], None], what: str, tries: int = 4) -> None:
+    """Does something that writes, again after 5, 10 and 20 seconds where the disk refuses. Raises the last error."""
+    for number in range(1, tries + 1):
+        try:
+            action()
+            return
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not is_disk_trouble(error) or number == tries:
+                raise
+            wait = FIRST_WAIT * 2 ** (number - 1)
+            warn(f"{what} could not be written: {error}. The next try is in {wait:.0f} seconds.")
+            time.sleep(wait)
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
