@@ -299,6 +299,25 @@ def test_an_unknown_key_without_a_value_is_a_warning(write: Write) -> None:
     assert [(w.kind, w.keys) for w in cfg.warnings] == [("warning", ("some_old_key",))]
 
 
+@pytest.mark.parametrize(
+    ("text", "remedy"),
+    [
+        ("random_init: true", "Did you mean `reinit_weights`?"),
+        ("dataset_proceses: 4", "Did you mean `dataset_num_proc`?"),
+        ("processing_class: AutoTokenizer", "Did you mean `tokenizer_type`?"),
+        ("tokenizer_path: ./here", "Did you mean `tokenizer_config`?"),
+        ("use_dora: true", "Did you mean `peft_use_dora`?"),
+        ("torch_dtype: bfloat16", "Did you mean `bf16`?"),
+        (
+            "test_datasets: [{path: a, prompt_format: b}]",
+            "`prompt_format` belongs inside `test_datasets[].type`.",
+        ),
+    ],
+)
+def test_an_unknown_key_leads_to_the_one_of_today(write: Write, text: str, remedy: str) -> None:
+    assert remedy in [problem.remedy for problem in told(write(BASE + text + "\n"))]
+
+
 def test_thousands_of_unknown_keys_do_not_take_long(write: Write) -> None:
     assert len(told(write(BASE + "".join(f"some_key_{i}: 1\n" for i in range(3000))))) == 3000
 

@@ -206,3 +206,12 @@ def test_columns_are_checked_before_anything_is_read(tmp_path: Path) -> None:
     path.write_text(json.dumps({"other": "text"}))
     with pytest.raises((DataError, ConfigError), match="body"):
         open_stream(section({"path": str(path)}), TOKENIZER)
+
+
+def test_a_tokenizer_without_eos_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = llama3()
+    tokenizer.eos_token = None
+    path = corpus(tmp_path / "a.jsonl", 9)
+    [buffer] = take(open_stream(section({"path": str(path)}), tokenizer), 1)
+    assert "no EOS token" in capsys.readouterr().err
+    assert TOKENIZER.eos_token_id not in buffer.ids

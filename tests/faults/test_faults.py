@@ -141,8 +141,8 @@ def test_a_disk_that_fills_up_and_is_cleared(
         out = f"disk-{i}/out"
         child = bench.start(out)
         filler = disk / "filler"
-        run = disk / "out"
-        assert wait_for(lambda r=run, n=draw.randint(4, 9): steps_logged(r) >= n, child)
+        run, lines = disk / "out", draw.randint(4, 9)
+        assert wait_for(lambda r=run, n=lines: steps_logged(r) >= n, child)
         fill(filler, draw.randint(0, 900_000), bool(small_disk.mounted))  # type: ignore[attr-defined]
         ended = not wait_for(lambda r=run: shutil.disk_usage(r).free < 100_000, child) or disk_stays_full(
             child
@@ -207,6 +207,7 @@ def test_a_kill_inside_a_save_then_the_same_command(bench: Bench, draw: random.R
     rerun_changes_nothing(bench, "quick")
 
 
+@slow
 def test_out_of_memory_goes_on_with_smaller_batches(bench: Bench) -> None:
     fresh(bench, "oom")
     assert bench.run("oom", {"kind": "oom", "at": 8}) == 0, bench.said("oom")[-3000:]
@@ -236,6 +237,7 @@ def test_out_of_memory_then_killed_is_the_run_it_would_have_been(bench: Bench, d
     ).read_bytes()
 
 
+@slow
 def test_out_of_memory_may_end_the_run(bench: Bench) -> None:
     fresh(bench, "oom-fail")
     assert bench.run("oom-fail", {"kind": "oom", "at": 8}, on_oom="fail") == 2
@@ -244,6 +246,7 @@ def test_out_of_memory_may_end_the_run(bench: Bench) -> None:
     assert "Traceback" not in said
 
 
+@slow
 def test_numbers_that_are_none_end_the_run_with_the_rows(bench: Bench) -> None:
     folder = fresh(bench, "nan")
     # Two micro batches in a step: steps 7, 8 and 9, of which none is in the checkpoint of step 6.
@@ -256,6 +259,7 @@ def test_numbers_that_are_none_end_the_run_with_the_rows(bench: Bench) -> None:
     ends_as_undisturbed(bench, "nan")
 
 
+@slow
 def test_time_that_is_over_ends_in_good_order(bench: Bench) -> None:
     fresh(bench, "time")
     assert bench.run("time", max_time="1s") == 0
@@ -265,6 +269,7 @@ def test_time_that_is_over_ends_in_good_order(bench: Bench) -> None:
     ends_as_undisturbed(bench, "time")
 
 
+@slow
 def test_another_optimizer_is_refused_and_another_rate_is_told(bench: Bench) -> None:
     out = "changed"
     fresh(bench, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import threading
 import time
 from collections import namedtuple
@@ -65,7 +66,9 @@ def out_of_memory(run, step, largest):
     return seen
 
 
-@pytest.mark.parametrize("keys", [{"micro_batch_size": 4}, PACKED, {"attn_implementation": "sdpa", **PACKED}])
+@pytest.mark.parametrize(
+    "keys", [{"micro_batch_size": 4, "num_epochs": 2}, PACKED, {"attn_implementation": "sdpa", **PACKED}]
+)
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_memory_that_runs_out_changes_the_batches_and_not_the_run(trainer, capsys, keys, accumulation):
     keys = {"gradient_accumulation_steps": accumulation, "num_epochs": 5, **keys}
@@ -204,13 +207,11 @@ def test_an_evaluation_that_a_signal_left_out_is_made_up_for(trainer):
     keys = {"num_epochs": 2, "evals_per_epoch": 1, "save_steps": 100, "save_strategy": "steps"}
     data, held_out = rows(8), rows(4, seed=3)
     run = trainer(tiny_model(), data, held_out, **keys)
-    signals = run.callback_handler.callbacks[-1]
+    signals = next(c for c in run.callback_handler.callbacks if type(c).__name__ == "Signals")
 
     class Sender(type(run.callback_handler.callbacks[0])):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 3:
-                import signal
-
                 signals.received = signal.SIGTERM
 
     run.add_callback(Sender())
@@ -220,6 +221,34 @@ def test_an_evaluation_that_a_signal_left_out_is_made_up_for(trainer):
     again = trainer(tiny_model(), data, held_out, result.checkpoint, **keys)
     train(again, again.cfg, result.checkpoint)
     assert [line["step"] for line in again.state.log_history if "eval_loss" in line] == [0, 4, 8]
+
+
+def test_a_signal_at_the_last_step_leaves_nothing_out(trainer):
+    keys = {"evals_per_epoch": 1, "save_steps": 100, "save_strategy": "steps"}
+    data, held_out = rows(8), rows(4, seed=3)
+    whole = trainer(tiny_model(), data, held_out, **keys)
+    train(whole, whole.cfg)
+    figures = (whole.parts.output_dir / "run.jsonl").read_text()
+    run = trainer(tiny_model(), data, held_out, **keys)
+    signals = next(c for c in run.callback_handler.callbacks if type(c).__name__ == "Signals")
+
+    class Sender(type(run.callback_handler.callbacks[0])):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                signals.received = signal.SIGTERM
+
+    run.add_callback(Sender())
+    result = train(run, run.cfg)
+    assert (result.steps, result.exit_code, result.complete) == (4, 143, False)
+    again = trainer(tiny_model(seed=8), data, held_out, result.checkpoint, **keys)
+    assert train(again, again.cfg, result.checkpoint).complete
+
+    def evaluated(text):
+        lines = [json.loads(line) for line in text.splitlines()]
+        return [(x["step"], x["eval_loss"]) for x in lines if x["kind"] == "eval"]
+
+    assert evaluated((again.parts.output_dir / "run.jsonl").read_text()) == evaluated(figures)
+    assert same_weights(weights(again.model), weights(whole.model))
 
 
 def test_a_hang_is_written_down(tmp_path):

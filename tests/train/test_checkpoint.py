@@ -65,6 +65,14 @@ def test_every_damage_is_seen(tmp_path, name, how):
     assert name in (damage(tmp_path / "checkpoint-3") or "")
 
 
+def test_a_manifest_that_is_missing_is_damage_only_to_our_own(tmp_path):
+    folder = checkpoint(tmp_path, 3)
+    (folder / "manifest.json").unlink()
+    assert "manifest is missing" in (damage(folder) or "")
+    (folder / "axolotl_state.json").unlink()
+    assert damage(folder) is None
+
+
 def test_weights_alone_cannot_be_resumed(tmp_path):
     folder = checkpoint(tmp_path, 3)
     (folder / "optimizer.pt").unlink()

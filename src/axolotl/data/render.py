@@ -25,6 +25,9 @@ from axolotl.errors import DataError, Problem
 if TYPE_CHECKING:
     from axolotl.config.data import DataSection, DatasetEntry
 
+_WITHOUT_EOS = ("input_output", "_synthetic")
+"""Formats whose rows hold all that is trained."""
+
 
 def build_renderer(tokenizer: Any, data: DataSection, entry: DatasetEntry) -> Renderer:
     """The renderer of one dataset. Raises DataError for a template that cannot be found or read."""
@@ -76,7 +79,13 @@ class Renderer:
 
     def problems(self) -> list[Problem]:
         """Mistakes and warnings that are known before any row is read."""
-        return self.chat.problems() if self._is_chat() else []
+        if self._is_chat():
+            return self.chat.problems()
+        kind = self.entry.type
+        if self.tokenizer.eos_token is None and kind is not None and kind not in _WITHOUT_EOS:
+            message = "the tokenizer has no EOS token: nothing marks where a text ends, and generation would not stop there."
+            return [Problem(message, "Name one under `special_tokens: eos_token:`.", "warning", ("special_tokens",))]
+        return []
 
     def stop_tokens(self) -> list[str]:
         """The texts that end a turn of the assistant, for generation to stop at."""

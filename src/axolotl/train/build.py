@@ -253,7 +253,9 @@ def has_to_evaluate(resume: Path, cadence: Cadence) -> bool:
     """Whether the run was broken off between the checkpoint of a step and the evaluation due there."""
     state = read_json(resume / "trainer_state.json")
     step = state.get("global_step")
-    seen = {line.get("step") for line in state.get("log_history", []) if any(k.startswith("eval_") for k in line)}
+    seen = {
+        line.get("step") for line in state.get("log_history", []) if any(k.startswith("eval_") for k in line)
+    }
     return step in cadence.evaluate and step not in seen
 
 

@@ -205,7 +205,8 @@ class Signals(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
-        if self._ends(args):
+        # After the last step the evaluation belongs to the run's end; it breaks off for itself (see on_evaluate).
+        if self._ends(args) and state.global_step < state.max_steps:
             control.should_evaluate = False
             control.should_save = True
             control.should_training_stop = True

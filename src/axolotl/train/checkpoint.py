@@ -110,6 +110,8 @@ def damage(folder: Path, *, thorough: bool = True) -> str | None:
     A checkpoint without a manifest comes from another program; it counts as intact when it has transformers' state.
     """
     manifest = folder / MANIFEST
+    if not manifest.is_file() and (folder / STATE).exists():
+        return "its manifest is missing"
     if not manifest.is_file():
         return (
             None if (folder / "trainer_state.json").is_file() else "it has neither manifest nor trainer state"

@@ -21,6 +21,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ class RunLog(TrainerCallback):
         self.waiting = bytearray()
         """Lines that the disk did not take yet."""
         self.troubled = False
+        self.lock = threading.Lock()
+        """Trackers tell of their troubles from threads of their own."""
 
     def on_train_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         if is_main_process():
@@ -71,8 +74,9 @@ class RunLog(TrainerCallback):
             return
         line["time"] = time.time()
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self.waiting += (json.dumps(finite, default=str) + "\n").encode()
-        self._write()
+        with self.lock:
+            self.waiting += (json.dumps(finite, default=str) + "\n").encode()
+            self._write()
 
     def _write(self) -> None:
         """Appends what waits; where the disk refuses, it goes on waiting, and training goes on."""
@@ -102,8 +106,9 @@ class RunLog(TrainerCallback):
 
     def close(self) -> None:
         """Writes what has waited."""
-        if self.waiting:
-            self._write()
+        with self.lock:
+            if self.waiting:
+                self._write()
         self.open = False
 
 

@@ -168,7 +168,7 @@ class Saving(_Base):
 
         A trained state of more than 4 GiB is not written, only looked for room for.
         """
-        aside = Path(self.parts.output_dir) / ".tmp-rehearsal"
+        aside, began = Path(self.parts.output_dir) / ".tmp-rehearsal", time.perf_counter()
         model: Any = self.model
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         problem: Exception | None = None
@@ -189,6 +189,7 @@ class Saving(_Base):
             problem = error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+        self.save_seconds = time.perf_counter() - began
         if problem is not None:
             reason = getattr(problem, "strerror", None) or str(problem).splitlines()[0]
             raise CheckpointError(

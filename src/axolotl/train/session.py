@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainerState, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from axolotl.config import Config
@@ -21,7 +21,7 @@ from axolotl.data.stream import streamed_entries, streams
 from axolotl.distributed.world import keep_freed_memory, world
 from axolotl.errors import CheckpointError, EnvironmentProblem
 from axolotl.model.load import ready_to_serve
-from axolotl.train.build import build_trainer, config_digest
+from axolotl.train.build import build_trainer, config_digest, has_to_evaluate
 from axolotl.train.callbacks import Signals
 from axolotl.train.checkpoint import (
     RUN,
@@ -107,9 +107,7 @@ def train(trainer: Trainer, cfg: Config, resume: Path | None = None) -> TrainRes
         if read_json(output_dir / RUN).get("complete"):
             note(f"{resume} has all {total} steps already: nothing to do.")
             return TrainResult(checkpoint_step(resume), True, None, {})
-        trainer._load_from_checkpoint(str(resume))
-        trainer.state.global_step = checkpoint_step(resume)
-        return _finish(trainer, cfg, None, {}, time.time())
+        return _finish_resumed(trainer, cfg, resume)
     if main:
         write_json(output_dir / RUN, parts.run)
         if resume is not None:
@@ -146,6 +144,19 @@ def train(trainer: Trainer, cfg: Config, resume: Path | None = None) -> TrainRes
         return _stopped(trainer, cfg, f"`max_time: {duration(limit.limit)}`", 0)
     metrics = {k: v for k, v in output.metrics.items() if isinstance(v, int | float)}
     return _finish(trainer, cfg, float(output.training_loss), metrics, started)
+
+
+def _finish_resumed(trainer: Trainer, cfg: Config, resume: Path) -> TrainResult:
+    """The end of a run that was broken off between its last step and its end."""
+    started = time.time()
+    trainer._load_from_checkpoint(str(resume))
+    trainer.state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
+    log = _callback(trainer, RunLog)
+    log.on_train_begin(trainer.args, trainer.state, trainer.control)
+    if has_to_evaluate(resume, trainer.parts.cadence):  # type: ignore[attr-defined]
+        trainer.evaluate()
+    log.close()
+    return _finish(trainer, cfg, None, {}, started)
 
 
 def _prepare_folder(output_dir: Path) -> None:
