@@ -67,6 +67,8 @@ def damages(bench: Bench, draw: random.Random, count: int) -> dict[str, int]:
         damage_newest(folder, draw, ("truncated", "flipped", "missing")[i % 3])
         found["injected"] += 1
         finish(bench, out, 1, found)
+        if "is skipped" not in bench.said(out):
+            raise SystemExit(f"{out}: nobody noticed the damage")
     return found
 
 

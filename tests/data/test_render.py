@@ -115,6 +115,10 @@ TEMPLATES = [
 def test_every_answer_with_its_stop_token_is_trained_and_nothing_else(
     name: str, template: str, stop: str, trims: bool, turns: list[tuple[str, str]]
 ) -> None:
+    # A tokenizer that normalises text gives back what it read, not what was written.
+    form = tokenizer(name).backend_tokenizer.normalizer
+    if form is not None:
+        turns = [(role, form.normalize_str(text)) for role, text in turns]
     if template == "gemma":
         turns = [t for t in turns if t[0] != "system"]
     r = renderer(name, {"chat_template": template})

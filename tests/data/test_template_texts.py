@@ -21,7 +21,10 @@ CONVERSATIONS: dict[str, Any] = json.loads((GOLDENS / "conversations.json").read
 NAMES = sorted(RENDERED)
 
 # takes white space from the ends of what an assistant says
-TRIMMING = {"aya", "cohere", "gemma", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "llama3", "metharme"}
+TRIMMING = {
+    *("aya", "cohere", "gemma", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "llama3", "metharme"),
+    "mistral_v2v3",
+}
 # takes line breaks from the start of what an assistant says
 LEADING_BREAKS = {"qwen3", "qwen3_5"}
 NO_SYSTEM = {"gemma"}

@@ -124,13 +124,13 @@ class Bench:
             "auto_resume_from_checkpoints": True,
             "bf16": False,
         } | keys
-        name = f"{Path(out).name}.yml"
+        name = f"{plain(out)}.yml"
         (self.folder / name).write_text(yaml.safe_dump(values))
         return name
 
     def start(self, out: str, fault: dict[str, Any] | None = None, **keys: Any) -> Child:
         """Starts the command."""
-        log = str(self.folder / f"{Path(out).name}.log")
+        log = str(self.folder / f"{plain(out)}.log")
         argv = ["train", self.config(out, **keys)]
         order = {"argv": argv, "cwd": str(self.folder), "log": log, "fault": fault}
         return Child(self.warm.ask({"start": order})["pid"], self.warm)
@@ -156,7 +156,7 @@ class Bench:
 
     def said(self, out: str) -> str:
         """All that the commands have printed."""
-        log = self.folder / f"{Path(out).name}.log"
+        log = self.folder / f"{plain(out)}.log"
         return log.read_text(errors="replace") if log.exists() else ""
 
     def outcome(self, out: str, *, steps_of_others: bool = False) -> Outcome:
@@ -182,6 +182,11 @@ class Bench:
         if left:
             found.differences.append(f"left behind: {left}")
         return found
+
+
+def plain(out: str) -> str:
+    """The name of a run without slashes."""
+    return out.replace("/", "-")
 
 
 def figures(log: Path) -> dict[tuple[str, int], tuple[Any, ...]]:

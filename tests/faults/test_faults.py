@@ -25,6 +25,8 @@ from faults.harness import (
 )
 
 FAULTS = 6
+# Of a run's calls that touch output_dir, those after the rehearsal and before the end.
+CALLS = {"enospc": (90, 400), "eio": (90, 400), "erofs": (90, 400), "short": (5, 40)}
 slow = pytest.mark.slow
 
 
@@ -100,7 +102,9 @@ def test_native_writers_that_meet_a_limit(bench: Bench, draw: random.Random) -> 
         out = f"fsize-{i}"
         folder = fresh(bench, out)
         size = draw.randint(170_000, 350_000)
-        assert bench.run(out, {"kind": "fsize", "bytes": size}) == 2, bench.said(out)[-3000:]
+        # Below the size of the tokenizer's file the rehearsal fails; above it, each save of the optimizer.
+        code = bench.run(out, {"kind": "fsize", "bytes": size})
+        assert code == (2 if size < 266_977 else 0), bench.said(out)[-3000:]
         said = bench.said(out)
         assert "nothing has been trained yet" in said or "could not be saved" in said
         assert "Traceback" not in said
@@ -204,6 +208,8 @@ def test_a_kill_inside_a_save_then_the_same_command(bench: Bench, draw: random.R
     fresh(bench, "quick")
     print(kill_at_random(bench, "quick", draw, signal.SIGKILL, saving=True))
     ends_as_undisturbed(bench, "quick")
+    report = (bench.folder / "quick" / "run_report.html").read_text()
+    assert '<span id="state">complete</span>' in report and "42 of 42" in report
     rerun_changes_nothing(bench, "quick")
 
 

@@ -84,7 +84,11 @@ class Renderer:
         kind = self.entry.type
         if self.tokenizer.eos_token is None and kind is not None and kind not in _WITHOUT_EOS:
             message = "the tokenizer has no EOS token: nothing marks where a text ends, and generation would not stop there."
-            return [Problem(message, "Name one under `special_tokens: eos_token:`.", "warning", ("special_tokens",))]
+            return [
+                Problem(
+                    message, "Name one under `special_tokens: eos_token:`.", "warning", ("special_tokens",)
+                )
+            ]
         return []
 
     def stop_tokens(self) -> list[str]:

@@ -22,7 +22,9 @@ def check_hub(name: str, key: str = "base_model", place: Place | None = None) ->
     if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
         return []
     endpoint = urlsplit(huggingface_hub.constants.ENDPOINT)
-    proxied = any(os.environ.get(v) or os.environ.get(v.lower()) for v in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"))
+    proxied = any(
+        os.environ.get(v) or os.environ.get(v.lower()) for v in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
+    )
     if not huggingface_hub.constants.HF_HUB_OFFLINE:
         if proxied:
             return []

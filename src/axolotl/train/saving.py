@@ -6,6 +6,7 @@ that fails is told, cleared away and tried again after 5, 10, 20, ... seconds, w
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from collections.abc import Callable
@@ -39,6 +40,7 @@ _OF_NATIVE_WRITERS = (
     "No space left",
     "unexpected pos",
     "I/O error",
+    "os error ",
 )
 
 
@@ -110,7 +112,7 @@ class Saving(_Base):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._publish(aside)
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except Exception as error:
             if not is_disk_trouble(error):
                 raise
             return error
@@ -126,10 +128,9 @@ class Saving(_Base):
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(aside.parent).free
-        if free < self.checkpoint_bytes + SLACK:
-            raise OSError(
-                28, f"{free / 2**20:.0f} MiB are free, it needs {self.checkpoint_bytes / 2**20:.0f}"
-            )
+        needed = self.checkpoint_bytes + SLACK
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{free / 2**20:.1f} MiB are free, it needs {needed / 2**20:.1f}")
 
     def _failed(self, error: Exception) -> None:
         self.save_failures += 1
@@ -183,7 +184,7 @@ class Saving(_Base):
                 )
                 self.checkpoint_bytes = max(size_of(aside), trained) + states
                 self._room(aside)
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except Exception as error:
             if not is_disk_trouble(error):
                 raise
             problem = error
@@ -237,7 +238,7 @@ def persistently(action: Callable[[], None], what: str, tries: int = 4) -> None:
         try:
             action()
             return
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except Exception as error:
             if not is_disk_trouble(error) or number == tries:
                 raise
             wait = FIRST_WAIT * 2 ** (number - 1)

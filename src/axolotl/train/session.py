@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import Trainer, TrainerState, set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -216,7 +215,7 @@ def save_final(trainer: Trainer, cfg: Config) -> None:
     try:
         tries = 1 if world().size > 1 else 4
         persistently(lambda: _write_final(trainer, cfg, output_dir), "The final weights", tries)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
         if not is_disk_trouble(error):
             raise
         raise CheckpointError(
