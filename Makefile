@@ -1,4 +1,4 @@
-# make setup | quickstart | test | slow | lint | types | docs | bench
+# make setup | quickstart | test | slow | browser | lint | types | docs | bench
 # A machine without a GPU may fetch the smaller torch: make setup TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := setup
-.PHONY: setup quickstart test slow lint types docs docs-check bench clean
+.PHONY: setup quickstart test slow browser lint types docs docs-check bench clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,9 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
+
+browser: $(STAMP)
+	$(BIN)/python -m pytest -q -m browser
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

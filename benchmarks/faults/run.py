@@ -21,6 +21,7 @@ sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "tests")]
 from measure import record  # noqa: E402
 
 from faults.harness import Bench, Warm, damage_newest, fresh, kill_at_random, steps_logged, wait_for  # noqa: E402
+from faults.shim import MARK  # noqa: E402
 
 KILLS_PER_RUN = 5
 
@@ -79,13 +80,16 @@ def refusals(bench: Bench, draw: random.Random, count: int) -> dict[str, int]:
         out = f"refusal-{i}"
         folder = fresh(bench, out)
         kind = ("enospc", "eio", "erofs", "short")[i % 4]
+        calls = draw.randint(5, 40) if kind == "short" else draw.randint(90, 700)
         fault = {
             "kind": kind,
             "under": str(folder),
-            "at": draw.randint(90, 400),
+            "at": calls,
             "times": draw.randint(1, 40),
         }
         bench.run(out, fault)
+        if MARK not in bench.said(out):
+            raise SystemExit(f"the fault was not met: {fault}")
         found["injected"] += 1
         finish(bench, out, 1, found)
     return found

@@ -23,10 +23,11 @@ from faults.harness import (
     steps_logged,
     wait_for,
 )
+from faults.shim import MARK
 
 FAULTS = 6
 # Of a run's calls that touch output_dir, those after the rehearsal and before the end.
-CALLS = {"enospc": (90, 400), "eio": (90, 400), "erofs": (90, 400), "short": (5, 40)}
+CALLS = {"enospc": (90, 700), "eio": (90, 700), "erofs": (90, 700), "short": (5, 40)}
 slow = pytest.mark.slow
 
 
@@ -84,11 +85,12 @@ def test_a_disk_that_refuses_for_a_while(bench: Bench, draw: random.Random, kind
         fault = {
             "kind": kind,
             "under": str(folder),
-            "at": draw.randint(90, 400),
+            "at": draw.randint(*CALLS[kind]),
             "times": draw.randint(1, 40),
         }
         print(fault)
         code = bench.run(out, fault)
+        assert MARK in bench.said(out)
         if code:
             # Only an end that could not be written may be an error, and one that says what to do.
             assert code == 2 and "could not be written" in bench.said(out), bench.said(out)[-3000:]

@@ -112,6 +112,7 @@ def test_samples_show_the_mask(report: Path) -> None:
     assert sum(a.get("class") == "sample" for tag, a in page.elements if tag == "details") == 12
 
 
+@pytest.mark.browser
 def test_a_browser_opens_it(report: Path, tmp_path: Path) -> None:
     """Needs Chromium (`apt-get install chromium`)."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -171,16 +171,13 @@ def test_the_command_prints_where_the_report_is(tmp_path: Path, axolotl: Any) ->
     assert axolotl("report", tmp_path).returncode == 2
 
 
+@pytest.mark.browser
 def test_it_opens_in_a_browser(tmp_path: Path) -> None:
     file = write_run_report(a_run(tmp_path / "out", 2000))
     page = file.read_text()
     assert len(page) < 400_000
     assert page.count("<svg") == page.count("</svg>") == 6
-    if CHROMIUM is None:
-        # Without a browser: what one would stumble over, tags that are not closed.
-        for tag in ("table", "tr", "td", "div", "h2", "h3", "pre", "code", "ul", "li", "span", "text"):
-            assert len(re.findall(rf"<{tag}[ >]", page)) == page.count(f"</{tag}>"), tag
-        return
+    assert CHROMIUM, "no Chromium is installed"
     shot = tmp_path / "page.png"
     command = [
         CHROMIUM,
