@@ -45,12 +45,14 @@ docs: $(STAMP)
 
 docs-check: $(STAMP)
 	$(BIN)/python -m axolotl.cli.document --check
+	$(BIN)/python benchmarks/table.py --check
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/first_step.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/loss_equality.py
+	$(BIN)/python benchmarks/table.py
 
 clean:
 	rm -rf build dist outputs last_run_prepared .pytest_cache .ruff_cache .mypy_cache .hypothesis

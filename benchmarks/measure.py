@@ -79,8 +79,13 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def quiet_environment() -> dict[str, str]:
-    """This environment without the network."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    """This environment without the network, and with the waiting of threads that `axolotl` asks for."""
+    return {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
 
 
 def record(name: str, figures: dict[str, Any], limits: dict[str, bool]) -> None:

@@ -138,8 +138,16 @@ def test_readme_config_loads(tmp_path: Path) -> None:
     assert yaml.safe_load(block[1])["adapter"] == "lora"
 
 
-def test_readme_figures_are_measured() -> None:
-    assert "RESULT:" not in README
+def test_readme_figures_are_those_of_the_results() -> None:
+    command = [sys.executable, "benchmarks/table.py", "--check"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_results_met_their_limits() -> None:
+    for name in ("startup", "first_step", "overhead", "loss_equality"):
+        result = json.loads((PROJECT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        assert all(result["limits_met"].values()), name
 
 
 def test_make_targets_that_pages_name_exist() -> None:

@@ -1,0 +1,67 @@
+"""The table of figures in the README, made from results/. `--check` only says whether it is fresh.
+
+usage: python benchmarks/table.py [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).resolve().parent
+README = BENCHMARKS.parent / "README.md"
+START, END = "<!-- figures -->\n", "<!-- /figures -->"
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((BENCHMARKS / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table() -> str:
+    """Rows of what was measured, how much, and the command that measures it again."""
+    startup, first, overhead, loss = map(result, ("startup", "first_step", "overhead", "loss_equality"))
+    apart = loss["greatest_differences"]
+    rows = [
+        ("`axolotl --help`", f"{startup['seconds']['help']['min']:.2f} s", startup),
+        ("a wrong config told", f"{startup['seconds']['wrong_config']['min']:.2f} s", startup),
+        (
+            "from the command to the first training step (tiny model, 400 rows)",
+            f"{first['seconds']['to_first_step']['min']:.1f} s, {first['ratios']['first_step_over_importing_libraries']:.2f} × "
+            "importing the libraries",
+            first,
+        ),
+        (
+            "steps per second beside a bare PyTorch loop over the same batches (tiny model)",
+            f"{overhead['ratios']['axolotl_over_bare_loop']:.2f} × ({overhead['work']['threads']} thread"
+            f"{'s' if overhead['work']['threads'] > 1 else ''})",
+            overhead,
+        ),
+        ("loss beside a plain transformers + PEFT loop: greatest difference", f"{apart['plain_loop_loss']:.0e}", loss),
+        ("loss with accumulation 8 × 1 beside 1 × 8", f"{apart['accumulation_loss']:.0e}", loss),
+        ("loss of packed rows beside the same unpacked", f"{apart['packing_loss']:.0e}", loss),
+    ]
+    lines = ["| what | figure | command |", "|---|---|---|"]
+    lines += [f"| {what} | {figure} | `python benchmarks/{made['benchmark']}.py` |" for what, figure, made in rows]
+    machine = startup["machine"]
+    lines += ["", f"On {machine['cpus']} cores of an {machine['processor']}, torch {startup['versions']['torch']}; times are the best of several."]
+    return "\n".join(lines) + "\n"
+
+
+def renewed(text: str) -> str:
+    """The README with its table as the results have it now."""
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}{table()}{END}{after}"
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    if "--check" in sys.argv:
+        sys.exit(None if renewed(text) == text else "README.md: the figures are stale; run: python benchmarks/table.py")
+    README.write_text(renewed(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
