@@ -104,7 +104,13 @@ def main() -> None:
             "axolotl_over_bare_loop": round(ratio, 4),
             "median": round(middle["axolotl"] / middle["bare_loop"], 4),
         },
-        "work": {"threads": torch.get_num_threads(), "steps": STEPS, "batch": BATCH, "tokens_per_row": LENGTH, "rounds": rounds},
+        "work": {
+            "threads": torch.get_num_threads(),
+            "steps": STEPS,
+            "batch": BATCH,
+            "tokens_per_row": LENGTH,
+            "rounds": rounds,
+        },
     }
     record("overhead", figures, {"within_5_percent": ratio >= 0.95})
 

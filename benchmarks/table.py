@@ -38,14 +38,40 @@ def table() -> str:
             f"{'s' if overhead['work']['threads'] > 1 else ''})",
             overhead,
         ),
-        ("loss beside a plain transformers + PEFT loop: greatest difference", f"{apart['plain_loop_loss']:.0e}", loss),
+        (
+            "loss beside a plain transformers + PEFT loop: greatest difference",
+            f"{apart['plain_loop_loss']:.0e}",
+            loss,
+        ),
         ("loss with accumulation 8 × 1 beside 1 × 8", f"{apart['accumulation_loss']:.0e}", loss),
         ("loss of packed rows beside the same unpacked", f"{apart['packing_loss']:.0e}", loss),
     ]
+    faults, gpu = result("faults"), result("gpu-train")
+    more = [
+        (
+            "faults injected (`kill -9` in and between saves, signals, damaged files, full disks); survived bit for bit",
+            f"{faults['injected']}; {faults['survived']}",
+            "faults/run.py",
+        ),
+        *(
+            (
+                f"{what}, tokens/s on one {gpu['gpu']}; a bare transformers + PEFT loop's",
+                f"{gpu['rows'][row]['axolotl']['tokens_per_second']:,}; {gpu['rows'][row]['plain']['tokens_per_second']:,}",
+                "gpu/train.py --out benchmarks/results/gpu-train.json",
+            )
+            for row, what in (("lora-8b", "8B LoRA r=32, 2 × 4096"), ("full-1b", "1B, all weights, 4 × 4096"))
+        ),
+    ]
     lines = ["| what | figure | command |", "|---|---|---|"]
-    lines += [f"| {what} | {figure} | `python benchmarks/{made['benchmark']}.py` |" for what, figure, made in rows]
+    lines += [
+        f"| {what} | {figure} | `python benchmarks/{made['benchmark']}.py` |" for what, figure, made in rows
+    ]
+    lines += [f"| {what} | {figure} | `python benchmarks/{script}` |" for what, figure, script in more]
     machine = startup["machine"]
-    lines += ["", f"On {machine['cpus']} cores of an {machine['processor']}, torch {startup['versions']['torch']}; times are the best of several."]
+    lines += [
+        "",
+        f"On {machine['cpus']} cores of an {machine['processor']}, torch {startup['versions']['torch']}; times are the best of several; the GPU rows with torch {gpu['versions']['torch']}.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -59,7 +85,11 @@ def renewed(text: str) -> str:
 def main() -> None:
     text = README.read_text(encoding="utf-8")
     if "--check" in sys.argv:
-        sys.exit(None if renewed(text) == text else "README.md: the figures are stale; run: python benchmarks/table.py")
+        sys.exit(
+            None
+            if renewed(text) == text
+            else "README.md: the figures are stale; run: python benchmarks/table.py"
+        )
     README.write_text(renewed(text), encoding="utf-8")
 
 

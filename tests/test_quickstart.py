@@ -176,6 +176,15 @@ def test_missed_figures_fail(
     assert answer == "1984-07-04"
 
 
+@pytest.mark.parametrize(("typed", "asked"), [("3 May '07", "3 May '07"), ("  ", "the 4th of July, '84")])
+def test_a_person_at_the_terminal_is_asked(typed: str, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = module("run")
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda _: typed)
+    assert run.question() == asked
+
+
 def test_the_prompt_is_no_row_of_the_data() -> None:
     prompt = (FOLDER / "prompt.txt").read_text(encoding="utf-8").strip()
     assert prompt

@@ -191,6 +191,25 @@ def test_run_jsonl_waits_for_a_disk_that_refuses(trainer, monkeypatch):
     assert [x["step"] for x in lines if x["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
 
 
+def test_figures_that_the_disk_refused_are_written_before_the_run_is_complete(trainer, monkeypatch):
+    from axolotl.train import progress
+
+    run = trainer(tiny_model(), rows(8))
+    whole, waited = progress.os.write, []
+
+    def write(handle, data):
+        if len(waited) < 2 and run.state.global_step >= 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return whole(handle, data)
+
+    monkeypatch.setattr(progress.os, "write", write)
+    monkeypatch.setattr("axolotl.train.saving.time.sleep", waited.append)
+    assert train(run, run.cfg).complete
+    lines = [json.loads(x) for x in (run.parts.output_dir / "run.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if x["kind"] == "train"] == [1, 2, 3, 4]
+    assert waited == [5, 10]
+
+
 def test_max_time_saves_and_ends(trainer, capsys):
     keys = {"num_epochs": 3, "save_steps": 100, "save_strategy": "steps"}
     whole = trainer(tiny_model(), rows(20), **keys)

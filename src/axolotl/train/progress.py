@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import math
 import os
@@ -105,11 +106,19 @@ class RunLog(TrainerCallback):
         self.troubled = True
 
     def close(self) -> None:
-        """Writes what has waited."""
+        """Ends the log; lines that the disk does not take now can still be written with `write_waiting`."""
         with self.lock:
             if self.waiting:
                 self._write()
         self.open = False
+
+    def write_waiting(self) -> None:
+        """Writes what has waited. Raises OSError where the disk still refuses."""
+        with self.lock:
+            if self.waiting:
+                self._write()
+            if self.waiting:
+                raise OSError(errno.EIO, f"{self.file} cannot be written")
 
 
 def kind_of(logs: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,13 @@ def _finish(
     if world().is_main:
         run = read_json(output_dir / RUN) | trainer.parts.run  # type: ignore[attr-defined]
         run |= {"complete": True, "ended": time.time()}
-        write_json(output_dir / RUN, run)
+
+        def record() -> None:
+            # Complete is said last: the same command would not write the figures again.
+            _callback(trainer, RunLog).write_waiting()
+            write_json(output_dir / RUN, run)
+
+        _written(record, "The record of the run", output_dir, 4)
         _summary(trainer, cfg, loss, time.time() - started)
     return TrainResult(trainer.state.global_step, True, loss, metrics)
 
@@ -212,14 +219,19 @@ def save_final(trainer: Trainer, cfg: Config) -> None:
     """
     output_dir: Path = trainer.parts.output_dir  # type: ignore[attr-defined]
     ready_to_serve(trainer.accelerator.unwrap_model(trainer.model))
+    tries = 1 if world().size > 1 else 4
+    _written(lambda: _write_final(trainer, cfg, output_dir), "The final weights", output_dir, tries)
+
+
+def _written(action: Callable[[], None], what: str, output_dir: Path, tries: int) -> None:
+    """Does something that writes, patiently. Raises CheckpointError where the disk goes on refusing."""
     try:
-        tries = 1 if world().size > 1 else 4
-        persistently(lambda: _write_final(trainer, cfg, output_dir), "The final weights", tries)
+        persistently(action, what, tries)
     except Exception as error:
         if not is_disk_trouble(error):
             raise
         raise CheckpointError(
-            f"The final weights could not be written into {output_dir}: {getattr(error, 'strerror', None) or error}.",
+            f"{what} could not be written into {output_dir}: {getattr(error, 'strerror', None) or error}.",
             "Free some space, then run the same command with `--auto-resume-from-checkpoints`.",
         ) from error
 
