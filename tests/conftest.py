@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,22 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
     os.environ.pop(name, None)
 
 TESTS = Path(__file__).resolve().parent
+
+
+@pytest.fixture(autouse=True)
+def _registries_as_they_were() -> Iterator[None]:
+    """What a test registers is gone after it: other tests, and their worker processes, cannot import it."""
+    from axolotl.data.formats import formats
+    from axolotl.optim.registry import optimizers, schedules
+
+    registries = (formats, optimizers, schedules)
+    for registry in registries:
+        registry.names()
+    before = [set(r.names()) for r in registries]
+    yield
+    for registry, names in zip(registries, before, strict=True):
+        for name in set(registry.names()) - names:
+            registry.forget(name)
 
 
 @pytest.fixture(scope="session")

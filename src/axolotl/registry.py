@@ -105,6 +105,11 @@ class Registry(Generic[T]):
         hint = f"Did you mean `{near[0]}`? " if near else ""
         return f"{hint}Known: {', '.join(self.names())}."
 
+    def forget(self, name: str) -> None:
+        """Takes out a feature that was registered at run time."""
+        self._loaded.pop(name, None)
+        self._declared.pop(name, None)
+
     def get(self, name: str) -> T:
         """The feature itself; imports its file. Raises ConfigError for an unknown name."""
         if name not in self._loaded:
