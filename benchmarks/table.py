@@ -46,13 +46,8 @@ def table() -> str:
         ("loss with accumulation 8 × 1 beside 1 × 8", f"{apart['accumulation_loss']:.0e}", loss),
         ("loss of packed rows beside the same unpacked", f"{apart['packing_loss']:.0e}", loss),
     ]
-    faults, gpu = result("faults"), result("gpu-train")
+    gpu = result("gpu-train")
     more = [
-        (
-            "faults injected (`kill -9` in and between saves, signals, damaged files, full disks); survived bit for bit",
-            f"{faults['injected']}; {faults['survived']}",
-            "faults/run.py",
-        ),
         *(
             (
                 f"{what}, tokens/s on one {gpu['gpu']}; a bare transformers + PEFT loop's",
