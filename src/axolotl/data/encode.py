@@ -153,9 +153,6 @@ class Encoder:
         slow = iter(self.backend.encode_batch(missing, add_special_tokens=False) if missing else ())
         return [f if f is not None else Encoded.of((e := next(slow)).ids, e.offsets) for f in found]
 
-    def looks_like_control(self, text: str) -> bool:
-        return self.control_pattern is not None and self.control_pattern.search(text) is not None
-
     def encode_guarded(self, text: str, quoted: Sequence[tuple[int, int]]) -> Encoded:
         """Ids and offsets of a text in which control tokens that touch a `quoted` range of characters are plain text."""
         ids: list[int] = []
