@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import resource
 import signal
 import threading
 import time
@@ -13,12 +15,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from axolotl.config.train import TrainSection
 from axolotl.data.collate import PackedCollator, PaddedCollator
 from axolotl.errors import CheckpointError, EnvironmentProblem
 from axolotl.train.checkpoint import publish
 from axolotl.train.record import SHAPING, changes
+from axolotl.train.saving import is_disk_trouble
 from axolotl.train.session import resume_point, train
 from axolotl.train.steps import cut
 from axolotl.train.tracking import Guarded
@@ -408,3 +412,37 @@ def test_a_checkpoint_of_another_shape_is_refused_before_anything_is_loaded(trai
     train(run, run.cfg)
     with pytest.raises(CheckpointError, match="`optimizer` was unset"):
         resume_point(config(**keys, optimizer="lion", auto_resume_from_checkpoints=True, num_epochs=5))
+
+
+def test_wherever_a_writer_is_cut_off_it_counts_as_trouble_of_the_disk(tmp_path):
+    """torch's and safetensors' writers are C++ and Rust; what they say depends on the byte at which the file ends."""
+    state = {"exp_avg": torch.ones(3000), "step": torch.tensor(3), "names": list("abc")}
+
+    def cut_off(write, size):
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, unlimited[1]))
+        try:
+            write()
+        except Exception as error:
+            return error
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        return None
+
+    writers = {
+        "optimizer.pt": lambda file: torch.save(state, file),
+        "model.safetensors": lambda file: save_file({"exp_avg": state["exp_avg"]}, file),
+    }
+    for name, write in writers.items():
+        file = tmp_path / name
+        write(file)
+        whole = file.stat().st_size
+        for size in {*range(0, whole, 257), *range(max(whole - 300, 0), whole, 7), whole - 1}:
+            error = cut_off(lambda write=write, file=file: write(file), size)
+            assert error is not None and is_disk_trouble(error), (name, size, error)
+
+
+def test_a_mistake_in_what_is_saved_is_no_trouble_of_the_disk():
+    with pytest.raises(Exception) as found:
+        torch.save({"hook": lambda: None}, io.BytesIO())
+    assert not is_disk_trouble(found.value)

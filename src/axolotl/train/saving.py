@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from transformers.trainer import Trainer
 from transformers.trainer_callback import TrainerCallback
@@ -229,7 +230,18 @@ def is_disk_trouble(error: Exception) -> bool:
     """Whether an error is one of the disk, in the words of whatever was writing."""
     if isinstance(error, OSError | SafetensorError):
         return True
+    if isinstance(error, RuntimeError) and _raised_in(error) == torch.serialization.__name__:
+        # torch's writer is C++: what it says of a file that ends early depends on where it was cut.
+        return True
     return any(sign in str(error) for sign in _OF_NATIVE_WRITERS)
+
+
+def _raised_in(error: Exception) -> str:
+    """The module of the innermost Python frame that an error came through."""
+    trace, module = error.__traceback__, ""
+    while trace is not None:
+        module, trace = trace.tb_frame.f_globals.get("__name__", ""), trace.tb_next
+    return module
 
 
 def persistently(action: Callable[[], None], what: str, tries: int = 4) -> None:
