@@ -1,4 +1,4 @@
-# make setup | quickstart | test | slow | browser | lint | types | docs | bench
+# make setup | quickstart | test | slow | browser | extras | lint | types | docs | bench
 # A machine without a GPU may fetch the smaller torch: make setup TORCH_INDEX="--index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
@@ -7,10 +7,13 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The optional packages live apart: several of them slow every import of the others.
+EXTRAS := .venv-extras
+EXTRAS_STAMP := $(EXTRAS)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := setup
-.PHONY: setup quickstart test slow browser lint types docs docs-check bench clean
+.PHONY: setup quickstart test slow browser extras lint types docs docs-check bench clean
 
 setup: $(STAMP)
 
@@ -20,6 +23,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --quiet -e '.[dev]' -c constraints.txt
 	@touch $(STAMP)
+
+# It sees all of .venv; only what is missing there, or has to be another version, is installed again.
+$(EXTRAS_STAMP): $(STAMP) constraints-extras.txt
+	@test -x $(EXTRAS)/bin/python || $(PYTHON) -m venv $(EXTRAS)
+	@$(EXTRAS)/bin/python -c 'import pathlib, sys, sysconfig; here = sysconfig.get_path("purelib"); base = here.replace("$(EXTRAS)", "$(VENV)"); pathlib.Path(here, "base.pth").write_text(f"import site; site.addsitedir({base!r})\n")'
+	$(EXTRAS)/bin/python -m pip install --quiet -r constraints-extras.txt
+	@touch $(EXTRAS_STAMP)
 
 quickstart: $(STAMP)
 	@$(BIN)/python examples/quickstart/run.py
@@ -32,6 +42,9 @@ slow: $(STAMP)
 
 browser: $(STAMP)
 	$(BIN)/python -m pytest -q -m browser
+
+extras: $(EXTRAS_STAMP)
+	$(EXTRAS)/bin/python -m pytest -q -m extras
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

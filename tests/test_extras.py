@@ -1,0 +1,22 @@
+"""The environment of the optional packages: every one imports beside the exact set of the other tests."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+
+import pytest
+
+pytestmark = pytest.mark.extras
+
+
+@pytest.mark.parametrize(
+    "module", ["bitsandbytes", "deepspeed", "gradio", "liger_kernel", "mlflow", "ray", "torchao", "triton", "trl", "wandb"]
+)
+def test_optional_package_imports(module: str) -> None:
+    importlib.import_module(module)
+
+
+def test_the_ground_is_the_same() -> None:
+    assert version("torch").startswith("2.13.0")
+    assert version("transformers") == "5.23.0"
