@@ -11,7 +11,19 @@ pytestmark = pytest.mark.extras
 
 
 @pytest.mark.parametrize(
-    "module", ["bitsandbytes", "deepspeed", "gradio", "liger_kernel", "mlflow", "ray", "torchao", "triton", "trl", "wandb"]
+    "module",
+    [
+        "bitsandbytes",
+        "deepspeed",
+        "gradio",
+        "liger_kernel",
+        "mlflow",
+        "ray",
+        "torchao",
+        "triton",
+        "trl",
+        "wandb",
+    ],
 )
 def test_optional_package_imports(module: str) -> None:
     importlib.import_module(module)

@@ -158,3 +158,9 @@ def test_two_spellings_of_one_thing_contradict_each_other(tmp_path: Path) -> Non
 def test_an_old_boolean_takes_no_other_value(tmp_path: Path) -> None:
     [problem] = refused("flash_attention: fast", tmp_path)
     assert (problem.kind, problem.keys) == ("invalid_value", ("flash_attention",))
+
+
+def test_what_an_old_boolean_asked_for_is_told_with_its_own_name(tmp_path: Path) -> None:
+    [problem] = refused("use_scattermoe: true", tmp_path)
+    assert (problem.kind, problem.keys) == ("unavailable", ("use_scattermoe",))
+    assert problem.message.startswith("`use_scattermoe` belongs to")

@@ -9,7 +9,7 @@ import pytest
 from axolotl.config import load_config
 from axolotl.config.descriptions import state
 from axolotl.config.keys import owner
-from axolotl.config.old_keys import RENAMED
+from axolotl.config.old_keys import CHOICES, RENAMED
 from axolotl.config.rules import RULES
 from axolotl.errors import ConfigError, Problem
 
@@ -459,7 +459,7 @@ BROKEN = [
         "shared_rows_have_limits",
         "sequence_parallel_degree: 2\nsdp_attention: true",
         "conflict",
-        "attn_implementation sequence_parallel_degree",
+        "sdp_attention sequence_parallel_degree",
     ),
     (
         "one_limit_of_memory",
@@ -500,7 +500,8 @@ def test_a_broken_rule_is_told(
     problem = found[0]
     assert problem.kind == kind
     assert set(keys.split()) <= set(problem.keys)
-    assert {RENAMED.get(k, k) for k in (key.split(".")[0].split("[")[0] for key in problem.keys)} <= set(
+    today = RENAMED | {old: new for old, (new, _) in CHOICES.items()}
+    assert {today.get(k, k) for k in (key.split(".")[0].split("[")[0] for key in problem.keys)} <= set(
         rule.keys
     ) | {
         "streaming",

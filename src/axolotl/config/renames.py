@@ -145,7 +145,7 @@ class Renaming:
                 # A kernel on the Hub of the same kind: the more exact of the two is meant.
                 self.warn((old,), f"has no effect beside `{new}: {named}`.", "Delete the line.")
                 continue
-            if self.move(old, new, value):
+            if self.rename(old, new, value):
                 chosen[new] = old
 
     def gc_steps(self) -> None:
