@@ -3,7 +3,7 @@
 usage: python benchmarks/preprocess.py [runs]
 limits: 0.7 of the bare tokenizer's speed for alpaca rows, 0.5 for chats of ~400 tokens; 15.2 s for the whole command on
 20,000 such chats and on 100,000 alpaca rows; with 1,000,000 rows 10 % more memory than with 100,000, and 1.5 GB beyond
-what the imports take
+what the imports take; 2 GB for a single answer of 50 MB, 4 GB for a single conversation of 1,000,000 turns
 
 Speed is tokens per second between a small and a large preparation, so that starting up is left out; `bare` is
 `encode_batch_fast` of the `tokenizers` package over the finished texts. The machine should have nothing else to do.
@@ -30,6 +30,7 @@ from measure import PROJECT, TINY, axolotl, python, quiet_environment, record, t
 CHATS, INSTRUCTIONS = 20_000, 100_000
 SMALL = {"chat": 4_000, "alpaca": 8_000}
 FEW, MANY = 100_000, 1_000_000
+LARGE, TURNS = 50_000_000, 1_000_000
 WHOLE_LIMIT = 15.2  # seconds
 MEASURED = ("axolotl.data.prepare", "transformers", "axolotl.data.remote")
 
@@ -67,12 +68,25 @@ class Writer:
         given = self.text(read(5, 30)) if self.draw.random() < 0.5 else ""
         return {"instruction": self.text(read(8, 25)), "input": given, "output": self.text(read(15, 60))}
 
+    def large(self) -> dict[str, Any]:
+        lines = [self.text(60) for _ in range(1000)]
+        answer = "\n".join(self.draw.choices(lines, k=130_000))[:LARGE]
+        return _chat_of([self.text(3), answer])
+
+    def long(self) -> dict[str, Any]:
+        lines = [self.text(5) for _ in range(1000)]
+        return _chat_of(self.draw.choices(lines, k=TURNS))
+
     def short(self, number: int) -> dict[str, str]:
         return {
             "instruction": f"{self.text(6)} {number}",
             "input": "",
             "output": self.text(self.draw.randint(3, 20)),
         }
+
+
+def _chat_of(texts: list[str]) -> dict[str, Any]:
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]}
 
 
 def config(folder: Path, rows: Path, kind: str) -> Path:
@@ -231,6 +245,9 @@ def main() -> None:
             memory[f"{count}_rows"] = tree_memory(
                 axolotl("preprocess", config(folder, short, "alpaca")), folder
             )
+        for kind, make in (("row_of_50_mb", writer.large), ("conversation_of_1000000_turns", writer.long)):
+            single = write_rows(folder / "single.jsonl", [make(), *(writer.chat() for _ in range(10))])
+            memory[kind] = tree_memory(axolotl("preprocess", config(folder, single, "chat")), folder)
         imports = python("-c", f"import time, {', '.join(MEASURED)}; time.sleep(1)")
         memory["imports"] = tree_memory(imports, folder)
     growth = memory[f"{MANY}_rows"] / memory[f"{FEW}_rows"]
@@ -252,6 +269,8 @@ def main() -> None:
         f"alpaca_100000_rows_{WHOLE_LIMIT}_s": commands["alpaca"] <= WHOLE_LIMIT,
         "memory_growth_1.1": growth <= 1.1,
         "memory_1.5_GB": beyond <= 1.5e9,
+        "row_of_50_mb_2_GB": memory["row_of_50_mb"] <= 2e9,
+        "conversation_of_1000000_turns_4_GB": memory["conversation_of_1000000_turns"] <= 4e9,
     }
     record("preprocess", figures, limits)
 

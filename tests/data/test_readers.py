@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from axolotl.data import columnar
 from axolotl.data.columnar import ArrowReader, ParquetReader
 from axolotl.data.json_readers import JsonLinesReader, JsonReader
 from axolotl.data.readers import CsvReader, Reader, TextReader
@@ -293,6 +294,25 @@ def test_arrow(tmp_path: Path, opening: Any) -> None:
         ArrowReader(write(tmp_path / "b.arrow", path.read_bytes()[: path.stat().st_size // 2]))
     )
     assert "is damaged or cut off" in told.message
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_few_large_rows_of_a_table_are_read_at_once(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(columnar, "_BATCH_BYTES", 1000)
+    table, path = pa.table({"a": ["x" * 300] * 20}), tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path, compression="none", use_dictionary=False)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    sizes = []
+    slice_ = columnar._rows_at_once
+    monkeypatch.setattr(columnar, "_rows_at_once", lambda *given: sizes.append(slice_(*given)) or sizes[-1])
+    reader = ParquetReader(path) if kind == "parquet" else ArrowReader(path)
+    assert [n for n, _ in reader.rows(2)] == list(range(3, 21))
+    assert sizes and max(sizes) <= 4
 
 
 def test_parquet_with_a_text_that_is_not_utf8(tmp_path: Path) -> None:

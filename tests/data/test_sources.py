@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from axolotl.config.data import DataSection, DatasetEntry
+from axolotl.data import sources
 from axolotl.data.sources import FileSource, Source, is_local, open_source
 from axolotl.data.splits import parse_split, ranges
 from axolotl.errors import ConfigError, DataError, Place, UserError
@@ -63,6 +64,16 @@ def test_batches(here: Path) -> None:
     assert [tuple(row_id) for row_id, _ in batches[1]] == [("a.jsonl", 3), ("a.jsonl", 4)]
     assert [row["a"] for batch in opened.batches(2, start=3) for _, row in batch] == [3, 4]
     assert (opened.columns, opened.rows, opened.label) == (("a",), 5, "a.jsonl")
+
+
+def test_batches_of_large_rows_are_short(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "SIZE_PER_BATCH", 100)
+    rows = [{"messages": [{"content": "x" * n}]} for n in (30, 30, 200, 30, 30, 30, 30)]
+    lines(here / "a.jsonl", *rows)
+    sizes = [len(batch) for batch in source("a.jsonl").batches(5)]
+    assert sizes == [3, 4]
+    # cut at the same rows where reading goes on after some
+    assert [len(batch) for batch in source("a.jsonl").batches(5, start=3)] == [4]
 
 
 def test_blank_lines_are_counted(here: Path) -> None:

@@ -81,7 +81,7 @@ def digest(text: str | bytes) -> str:
 def tokenizer_digest(tokenizer: Any) -> str:
     """A hash of all of a tokenizer that decides tokens: vocabulary, processors, special tokens, its own template."""
     special = {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())}
-    template = getattr(tokenizer, "axolotl_own_template", None) or getattr(tokenizer, "chat_template", None)
+    template = getattr(tokenizer, "chat_template", None)
     return digest(tokenizer.backend_tokenizer.to_str() + json.dumps([special, template], sort_keys=True))
 
 

@@ -43,7 +43,7 @@ def choose_template(tokenizer: Any, data: DataSection, entry: DatasetEntry | Non
 
 def _template_of(tokenizer: Any) -> str | None:
     """The tokenizer's own template, as it came with the model."""
-    own = getattr(tokenizer, "axolotl_own_template", None) or tokenizer.chat_template
+    own = tokenizer.chat_template
     if isinstance(own, dict):
         return own.get("default") or next(iter(own.values()), None)
     return own

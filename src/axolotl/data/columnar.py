@@ -15,7 +15,13 @@ from axolotl.data.readers import PEEK_ROWS, Reader, Row
 from axolotl.errors import DataError, Place, Problem
 
 _BATCH = 1000
+_BATCH_BYTES = 1 << 23
 _DAMAGE = (pa.ArrowException, OSError, EOFError, ValueError)
+
+
+def _rows_at_once(size: int, rows: int) -> int:
+    """How many of `rows` rows, which take `size` bytes in all, are turned into Python values together."""
+    return max(1, min(_BATCH, _BATCH_BYTES * rows // max(size, 1)))
 
 
 class TableReader(Reader):
@@ -42,9 +48,9 @@ class TableReader(Reader):
                 if number + batch.num_rows <= start:
                     number += batch.num_rows
                     continue
-                first = max(0, start - number)
-                for at in range(first, batch.num_rows, _BATCH):
-                    part = batch.slice(at, min(_BATCH, batch.num_rows - at))
+                first, step = max(0, start - number), _rows_at_once(batch.nbytes, batch.num_rows)
+                for at in range(first, batch.num_rows, step):
+                    part = batch.slice(at, min(step, batch.num_rows - at))
                     yield from enumerate(part.to_pylist(), number + at + 1)
                 number += batch.num_rows
         except UnicodeDecodeError as error:
@@ -68,7 +74,8 @@ class ParquetReader(TableReader):
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         with pq.ParquetFile(self.path, memory_map=True) as file:
-            yield from file.iter_batches(batch_size=_BATCH)
+            size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups))
+            yield from file.iter_batches(batch_size=_rows_at_once(size, file.metadata.num_rows))
 
     def _counted(self) -> int:
         try:

@@ -8,18 +8,21 @@ id, everything between them by a second copy of the tokenizer that does not reco
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer, pre_tokenizers
 
+from axolotl.data.pieces import LONG, Cutter
 from axolotl.errors import ModelError
 
+_NOWHERE = np.empty(0, np.int64)
 _MARKUP = re.compile(r"think|tool|reason|thought|answer|scratch", re.IGNORECASE)
 
 
@@ -108,18 +111,16 @@ class Encoder:
         self._extra = {t for t in extra if t in self._added}
         names = sorted(self.controls, key=len, reverse=True)
         self.control_pattern = re.compile("|".join(map(re.escape, names))) if names else None
-        self.prefix, self.suffix = self._frame()
+        self.prefix = self._frame()
         self.eos_id: int | None = tokenizer.eos_token_id
         self.bos_id: int | None = tokenizer.bos_token_id
 
-    def _frame(self) -> tuple[list[int], list[int]]:
-        """The ids that the tokenizer puts before and after every text (BOS, seldom EOS)."""
+    def _frame(self) -> list[int]:
+        """The ids that the tokenizer puts before every text (BOS, where it has one)."""
         bare = self.backend.encode("a", add_special_tokens=False).ids
         framed = self.backend.encode("a", add_special_tokens=True).ids
-        for at in range(len(framed) - len(bare) + 1):
-            if framed[at : at + len(bare)] == bare:
-                return framed[:at], framed[at + len(bare) :]
-        return [], []
+        starts = range(len(framed) - len(bare) + 1)
+        return next((framed[:at] for at in starts if framed[at : at + len(bare)] == bare), [])
 
     @functools.cached_property
     def _blind(self) -> Tokenizer:
@@ -136,13 +137,59 @@ class Encoder:
     def _bytes(self) -> ByteWidths:
         return ByteWidths(self.backend)
 
+    @functools.cached_property
+    def _cutter(self) -> Cutter:
+        return Cutter(self.backend)
+
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, parsed as the tokenizer does, nothing put before or after."""
+        if max(map(len, texts), default=0) > LONG:
+            return [self._ids_of_pieces(t) if len(t) > LONG else self.ids([t])[0] for t in texts]
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def _ids_of_pieces(self, text: str) -> list[int]:
+        pieces = map(self._bare_ids, self._cutter.cut(text))
+        return list(itertools.chain.from_iterable(map(self._shared, pieces)))
+
+    def _bare_ids(self, text: str) -> list[int]:
+        found: list[int] = self.backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return found
+
+    def _shared(self, ids: Iterable[int]) -> Iterable[int]:
+        """The same numbers, of which each takes memory once: the tokenizer makes a new one for each token."""
+        return map(self._numbers.__getitem__, ids)
+
+    @functools.cached_property
+    def _numbers(self) -> list[int]:
+        return list(range(1 + max(self.backend.get_vocab().values(), default=0)))
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Ids and character offsets of each text, control tokens recognised everywhere."""
         texts = list(texts)
+        if max(map(len, texts), default=0) > LONG:
+            return [
+                self._joined(self._cutter.cut(t), self._encode_short)
+                if len(t) > LONG
+                else self.encode([t])[0]
+                for t in texts
+            ]
+        return self._encode_short(texts)
+
+    def _joined(
+        self, pieces: list[str], encode: Callable[[list[str]], list[Encoded]], place: int = 0
+    ) -> Encoded:
+        """The tokens of a text from those of its pieces; the first begins at the character `place`."""
+        ids: list[int] = []
+        starts, ends = [_NOWHERE], [_NOWHERE]
+        for piece in pieces:
+            (found,) = encode([piece])
+            ids.extend(self._shared(found.ids))
+            starts.append(found.starts + place)
+            ends.append(found.ends + place)
+            place += len(piece)
+        return Encoded(ids, np.concatenate(starts), np.concatenate(ends))
+
+    def _encode_short(self, texts: list[str]) -> list[Encoded]:
         if not self._bytes.applies:
             return [
                 Encoded.of(e.ids, e.offsets)
@@ -156,13 +203,23 @@ class Encoder:
     def encode_guarded(self, text: str, quoted: Sequence[tuple[int, int]]) -> Encoded:
         """Ids and offsets of a text in which control tokens that touch a `quoted` range of characters are plain text."""
         ids: list[int] = []
-        offsets: list[tuple[int, int]] = []
+        starts: list[np.ndarray] = []
+        ends: list[np.ndarray] = []
+
+        def add(found: Encoded) -> None:
+            ids.extend(found.ids)
+            starts.append(found.starts)
+            ends.append(found.ends)
+
+        def blind(texts: list[str]) -> list[Encoded]:
+            return [
+                Encoded.of(e.ids, e.offsets)
+                for e in self._blind.encode_batch(texts, add_special_tokens=False)
+            ]
 
         def plain(start: int, end: int) -> None:
             if end > start:
-                encoded = self._blind.encode(text[start:end], add_special_tokens=False)
-                ids.extend(encoded.ids)
-                offsets.extend((a + start, b + start) for a, b in encoded.offsets)
+                add(self._joined(self._cutter.cut(text[start:end]), blind, start))
 
         at = 0
         for match in self.control_pattern.finditer(text) if self.control_pattern else ():
@@ -177,11 +234,10 @@ class Encoder:
             if start < at:
                 continue
             plain(at, start)
-            ids.append(control)
-            offsets.append((start, end))
+            add(Encoded.of([control], [(start, end)]))
             at = end
         plain(at, len(text))
-        return Encoded.of(ids, offsets)
+        return Encoded(ids, np.concatenate(starts or [_NOWHERE]), np.concatenate(ends or [_NOWHERE]))
 
 
 def steering_tokens(tokenizer: Any, literal: str) -> set[str]:

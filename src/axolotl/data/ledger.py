@@ -201,6 +201,10 @@ def summary_lines(summaries: Iterable[DatasetSummary]) -> list[str]:
     return lines
 
 
+_GROUP_ROWS = 1 << 14
+"""Rows of a Parquet row group, which are in memory before it is written."""
+
+
 def write_parquet(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
     """Writes a table that need not fit into memory."""
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
@@ -209,7 +213,7 @@ def write_parquet(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatc
         for batch in batches:
             group.append(batch)
             held += batch.num_rows
-            if held >= 1 << 17:
+            if held >= _GROUP_ROWS:
                 writer.write_table(pa.Table.from_batches(group, schema))
                 group, held = [], 0
         if group:

@@ -89,10 +89,10 @@ def prepare(
                 if final.exists():
                     note(f"the prepared data in {final} is damaged; preparing it again")
                     cache.remove(final)
-                manifest = _prepare(
+                manifest = prepare_tasks(
                     data, tasks, parts, partial, workers or worker_count(data.dataset_num_proc)
                 )
-                _finish(partial, final, manifest)
+                finish(partial, final, manifest)
     summaries = tuple(DatasetSummary.from_dict(s) for s in manifest["datasets"])
     if reused:
         note(f"prepared data found in {final}")
@@ -102,7 +102,7 @@ def prepare(
     return Prepared(final, name, data, seed, summaries, reused)
 
 
-def _prepare(
+def prepare_tasks(
     data: DataSection, tasks: list[Task], parts: dict[str, str], partial: Path, workers: int
 ) -> dict[str, Any]:
     """Does the work in `partial` and returns the manifest. Finished shards of an earlier run are taken over."""
@@ -342,7 +342,7 @@ def arrange_names(parts: list[Part]) -> list[tuple[str, Part]]:
     return [(data_file(i, len(shards)), part) for i, part in enumerate(shards)]
 
 
-def _finish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+def finish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Renames shards and folder; may be interrupted and repeated at any point."""
     with disk_errors_told(partial):
         for name, stems in manifest["sets"].items():

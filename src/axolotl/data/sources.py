@@ -27,6 +27,22 @@ _URL = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
+SIZE_PER_BATCH = 1 << 22
+"""Characters of text after which a batch ends, however few rows it has."""
+
+
+def size(value: Any) -> int:
+    """About how many characters of text a row holds; a number counts as eight."""
+    kind = type(value)
+    if kind is str:
+        return len(value)
+    if kind is dict:
+        return sum(map(size, value.values()))
+    if kind is list and value:
+        return 8 * len(value) if type(value[0]) in (int, float) else sum(map(size, value))
+    return 8
+
+
 class Source(abc.ABC):
     """The rows of one dataset entry. `label` names it in messages."""
 
@@ -53,9 +69,16 @@ class Source(abc.ABC):
         """The rows in order, without the first `start`. Raises DataError for what cannot be read."""
 
     def batches(self, batch_size: int, start: int = 0) -> Iterator[list[tuple[RowId, Row]]]:
-        """The same rows in lists of `batch_size` (the last may be shorter); no more than one list is in memory."""
-        stream = self.stream(start)
-        while batch := list(itertools.islice(stream, batch_size)):
+        """The same rows in lists of `batch_size`, shorter where rows are large; only one list is in memory."""
+        batch: list[tuple[RowId, Row]] = []
+        held = 0
+        for item in self.stream(start):
+            batch.append(item)
+            held += size(item[1])
+            if len(batch) >= batch_size or held >= SIZE_PER_BATCH:
+                yield batch
+                batch, held = [], 0
+        if batch:
             yield batch
 
 

@@ -23,6 +23,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from axolotl.data.pen import Pen, TurnDict, instrument
 from axolotl.data.traced import Traced, concat, find_tag, join, trace
 from axolotl.data.types import Conversation, Message, RowProblem
 from axolotl.errors import DataError
@@ -122,101 +123,6 @@ def environment() -> jinja2.Environment:
     return env
 
 
-class _Turn(dict[str, Any]):
-    """A message as the template sees it; knows which turn it is."""
-
-    __slots__ = ("axolotl_turn",)
-    axolotl_turn: int
-
-
-class _Pen:
-    """Where the template is while it writes: at which turn, and whether because of tool calls."""
-
-    __slots__ = ("loop", "outer", "tools", "turn")
-
-    def __init__(self) -> None:
-        self.turn, self.tools, self.loop = -1, 0, -1
-        self.outer: list[tuple[int, int, int]] = []
-
-    def enter(self, item: Any, loop: int) -> None:
-        if type(item) is _Turn:
-            if self.loop != loop:
-                self.outer.append((self.turn, self.tools, self.loop))
-            self.turn, self.tools, self.loop = item.axolotl_turn, 0, loop
-
-    def leave(self, loop: int) -> None:
-        if self.loop == loop:
-            self.turn, self.tools, self.loop = self.outer.pop()
-
-    def tool(self, step: int) -> None:
-        self.tools = max(0, self.tools + step)
-
-
-_ENTER, _LEAVE, _TOOL, _CONCAT = "axolotl_enter", "axolotl_leave", "axolotl_tool", "axolotl_concat"
-
-
-def _mentions_tool_calls(node: nodes.Node) -> bool:
-    for each in [node, *node.find_all((nodes.Getattr, nodes.Getitem, nodes.Name, nodes.Const))]:
-        if isinstance(each, nodes.Getattr) and each.attr == "tool_calls":
-            return True
-        if isinstance(each, nodes.Name) and each.name == "tool_calls":
-            return True
-        if isinstance(each, nodes.Const) and each.value == "tool_calls":
-            return True
-    return False
-
-
-def _instrument(node: nodes.Node) -> None:
-    """Adds to a parsed template the calls that move the pen, and replaces `~` by a concatenation that keeps origins."""
-
-    def call(name: str, *args: nodes.Expr, line: int) -> nodes.Node:
-        made = nodes.ExprStmt(nodes.Call(nodes.Name(name, "load"), list(args), [], None, None))
-        return made.set_lineno(line, override=True)
-
-    counter = iter(range(1_000_000))
-
-    def rewrite(item: nodes.Node) -> None:
-        for field, value in item.iter_fields():
-            if isinstance(value, nodes.Concat):
-                setattr(item, field, _concat_call(value))
-            elif isinstance(value, list):
-                value[:] = [_concat_call(v) if isinstance(v, nodes.Concat) else v for v in value]
-        for child in item.iter_child_nodes():
-            rewrite(child)
-        for field, value in item.iter_fields():
-            if field == "elif_":  # branches of one statement, woven with it
-                continue
-            if isinstance(value, list) and any(isinstance(v, (nodes.For, nodes.If)) for v in value):
-                value[:] = [w for v in value for w in weave(v)]
-
-    def weave(stmt: Any) -> list[nodes.Node]:
-        """The statement with its pen movements, and what follows it."""
-        if isinstance(stmt, nodes.For):
-            k = next(counter)
-            line = stmt.lineno
-            about_tools = _mentions_tool_calls(stmt.iter)
-            if isinstance(stmt.target, nodes.Name):
-                stmt.body.insert(
-                    0, call(_ENTER, nodes.Name(stmt.target.name, "load"), nodes.Const(k), line=line)
-                )
-            if about_tools:
-                return [call(_TOOL, nodes.Const(1), line=line), stmt, call(_TOOL, nodes.Const(-1), line=line)]
-            return [stmt, call(_LEAVE, nodes.Const(k), line=line)]
-        if isinstance(stmt, nodes.If):
-            for branch in (stmt, *stmt.elif_):
-                if _mentions_tool_calls(branch.test):
-                    branch.body.insert(0, call(_TOOL, nodes.Const(1), line=branch.lineno))
-                    branch.body.append(call(_TOOL, nodes.Const(-1), line=branch.lineno))
-        return [stmt]
-
-    def _concat_call(found: nodes.Concat) -> nodes.Node:
-        made = nodes.Call(nodes.Name(_CONCAT, "load"), [nodes.List(list(found.nodes))], [], None, None)
-        return made.set_lineno(found.lineno, override=True)
-
-    rewrite(node)
-    node.set_environment(environment())
-
-
 @dataclass(frozen=True, slots=True)
 class Source:
     """What a tag stands for: a part of one turn, and whether `train_detail` says it is trained (None: it says nothing)."""
@@ -252,7 +158,7 @@ class ChatTemplate:
         try:
             self._plain = env.from_string(text)
             tree = env.parse(text)
-            _instrument(tree)
+            instrument(tree, env)
             code = env.compile(tree, name, None)
             self._traced = jinja2.Template.from_code(env, code, dict(env.globals))  # type: ignore[arg-type]
         except jinja2.TemplateSyntaxError as error:
@@ -282,17 +188,14 @@ class ChatTemplate:
         """The text of a conversation with the origin of each character. Raises RowProblem where the template refuses it."""
         sources: list[Source] = []
         messages = [_traced_message(i, m, sources) for i, m in enumerate(conversation.messages)]
-        pen = _Pen()
+        pen = Pen()
         given = {
             "messages": messages,
             "tools": conversation.tools,
             "add_generation_prompt": False,
             **variables,
             **conversation.variables,
-            _ENTER: pen.enter,
-            _LEAVE: pen.leave,
-            _TOOL: pen.tool,
-            _CONCAT: concat,
+            **pen.calls(),
         }
         parts: list[str] = []
         runs: list[tuple[int, int, Source]] = []
@@ -323,7 +226,7 @@ class ChatTemplate:
         return Trace("".join(parts), runs, own)
 
 
-def _traced_message(turn: int, message: Message, sources: list[Source]) -> _Turn:
+def _traced_message(turn: int, message: Message, sources: list[Source]) -> TurnDict:
     def tag(kind: str, trained: bool | None = None) -> int:
         sources.append(Source(turn, kind, trained))
         return len(sources) - 1
@@ -342,7 +245,7 @@ def _traced_message(turn: int, message: Message, sources: list[Source]) -> _Turn
             tuple((a, b, yes if a < len(text) and marks[a] else no) for a, b in itertools.pairwise(edges)),
         )
 
-    made = _Turn(role=message.role)
+    made = TurnDict(role=message.role)
     made.axolotl_turn = turn
     content = message.content
     if isinstance(content, str):

@@ -34,7 +34,6 @@ class TokenizerFacts:
     backend_tokenizer: Tokenizer
     name_or_path: str
     chat_template: Any
-    axolotl_own_template: Any
     special_tokens_map: dict[str, Any]
     bos_token: str | None
     eos_token: str | None

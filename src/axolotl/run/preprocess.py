@@ -12,6 +12,7 @@ from axolotl.data.prepare import prepare
 from axolotl.data.prepared import Prepared
 from axolotl.data.preview import preview
 from axolotl.data.render import build_renderer
+from axolotl.data.sample import prepare_sample
 from axolotl.data.stream import Stream, open_stream, streamed_entries, streams, without_streams
 from axolotl.data.workers import worker_count
 from axolotl.distributed.world import world
@@ -30,20 +31,26 @@ if TYPE_CHECKING:
 def preprocess(
     cfg: Config, *, debug: bool = False, debug_text_only: bool = False, report: bool = False
 ) -> Prepared | None:
-    """Prepares the data of a config; None where all of it is streamed. Raises a UserError for what the user can mend."""
-    cfg = ready(cfg, Hardware(device="cpu"))
-    if streams(cfg.data):
+    """Prepares the data of a config; None where all of it is streamed. Of a stream, `debug` and `report` show the
+    first rows. Raises a UserError for what the user can mend."""
+    cfg = ready(cfg, Hardware(device="cpu", cpus=worker_count(None)))
+    streamed = streams(cfg.data)
+    show = debug or debug_text_only or report
+    if streamed:
         console.note("The training data is streamed: it is tokenised while training goes on, not here.")
-        if not cfg.data.test_datasets:
+        if not cfg.data.test_datasets and not show:
             return None
     tokenizer = tokenizer_of(cfg)
-    prepared = prepare_data(cfg, tokenizer)
-    if debug or debug_text_only:
-        preview(prepared, tokenizer, ids=not debug_text_only)
-    if report:
-        file = write_report(prepared, tokenizer, prepared.root / "report.html")
-        console.success(f"Report: {file}")
-    console.success(f"Prepared data: {prepared.root}")
+    prepared = prepare_data(cfg, tokenizer) if not streamed or cfg.data.test_datasets else None
+    shown = prepared
+    if streamed and show:
+        shown = prepare_sample(_stream(cfg, tokenizer), cfg.data, seed=_seed(cfg))
+    if shown and (debug or debug_text_only):
+        preview(shown, tokenizer, ids=not debug_text_only)
+    if shown and report:
+        console.success(f"Report: {write_report(shown, tokenizer, shown.root / 'report.html')}")
+    if prepared:
+        console.success(f"Prepared data: {prepared.root}")
     return prepared
 
 
@@ -75,9 +82,13 @@ def training_data(cfg: Config, tokenizer: Any) -> tuple[Dataset | Stream, Datase
         prepared = prepare_data(cfg, tokenizer)
         return prepared.train_dataset(), prepared.eval_dataset()
     held_out = prepare_data(cfg, tokenizer).eval_dataset() if cfg.data.test_datasets else None
+    return _stream(cfg, tokenizer), held_out
+
+
+def _stream(cfg: Config, tokenizer: Any) -> Stream:
     # Every process of a machine reads the stream for itself.
     workers = cfg.data.dataset_num_proc or max(1, min(4, worker_count(None) // world().size))
-    return open_stream(cfg.data, tokenizer, seed=_seed(cfg), places=cfg.place, workers=workers), held_out
+    return open_stream(cfg.data, tokenizer, seed=_seed(cfg), places=cfg.place, workers=workers)
 
 
 def _seed(cfg: Config) -> int:
