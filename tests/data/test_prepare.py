@@ -205,7 +205,7 @@ def test_two_processes_at_once_prepare_once(
     path = write_rows(tmp_path / "a.jsonl", alpaca(200))
     data = section(path, folder=tmp_path / "p")
     log = tmp_path / "log"
-    real = preparing_module._prepare
+    real = preparing_module.prepare_tasks
 
     def slow(*args: Any) -> Any:
         with log.open("a") as file:
@@ -213,7 +213,7 @@ def test_two_processes_at_once_prepare_once(
         time.sleep(0.3)
         return real(*args)
 
-    monkeypatch.setattr(preparing_module, "_prepare", slow)
+    monkeypatch.setattr(preparing_module, "prepare_tasks", slow)
     pids = []
     for _ in range(3):
         pid = os.fork()
