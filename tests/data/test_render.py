@@ -240,6 +240,21 @@ def test_eot_token_that_is_several_tokens_is_an_error() -> None:
     assert any(p.fatal and "<|not_a_token|>" in p.message for p in r.problems())
 
 
+def test_a_role_that_nothing_knows_is_a_problem_of_the_row() -> None:
+    def rendered(role: str, **entry: Any) -> Any:
+        r = renderer("tiny-llama3", {"chat_template": "llama3", **entry})
+        return r.render_batch([Conversation([Message("user", "q"), Message(role, "a")])])[0]
+
+    told = rendered("asistant")
+    assert isinstance(told, RowProblem) and told.reason == "unknown role"
+    assert "message 2 has the role `asistant`" in told.detail and "Did you mean `assistant`?" in told.remedy
+    assert isinstance(rendered("bot"), RowProblem)
+    assert isinstance(rendered("bot", roles_to_train=["bot"]), list)
+    assert isinstance(rendered("bot", roles={"bot": ["robot"]}), list)
+    template = "{% for m in messages %}{{ 'B: ' if m.role == 'bot' else 'U: ' }}{{ m.content + eos_token }}{% endfor %}"
+    assert isinstance(rendered("bot", chat_template="jinja", chat_template_jinja=template), list)
+
+
 def test_a_refusing_template_is_a_problem_of_the_row() -> None:
     r = renderer(
         entry={

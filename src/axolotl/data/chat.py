@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from axolotl.data.encode import Encoded, Encoder, steering_tokens
-from axolotl.data.formats.messages import trained_roles
+from axolotl.data.formats.messages import DEFAULT_ROLES, role_names, trained_roles
 from axolotl.data.mask import StopRule, Turn, When, labels_of, locate_turns, trained_ranges
 from axolotl.data.templates import ChatTemplate, Trace, load_template
 from axolotl.data.types import Conversation, Message, Rendered, RowProblem
@@ -64,6 +65,8 @@ class ChatRenderer:
         self.variables = template_variables(tokenizer, data)
         self.train_on_inputs = bool(data.train_on_inputs)
         self.roles_to_train = trained_roles(entry)
+        self.known_roles = self.roles_to_train | self.template.words | set(DEFAULT_ROLES)
+        self.known_roles |= set(role_names(entry).values())
         on_eos: When = entry.train_on_eos or "turn"
         on_eot: When = entry.train_on_eot or on_eos
         self.notes: Counter[str] = Counter()
@@ -214,6 +217,7 @@ class ChatRenderer:
         conversations = [self._with_system(c) for c in conversations]
         for conversation in conversations:
             try:
+                self._check_roles(conversation)
                 traces.append(self.template.trace(conversation, self.variables))
             except RowProblem as problem:
                 traces.append(problem)
@@ -230,6 +234,22 @@ class ChatRenderer:
             )
             results.append([self._mask(conversation, trace, tokens)])
         return results
+
+    def _check_roles(self, conversation: Conversation) -> None:
+        """Raises RowProblem for a role that nothing knows: most templates would write it, and no model would answer it."""
+        for number, message in enumerate(conversation.messages, 1):
+            role = message.role
+            if role in self.known_roles:
+                continue
+            names = sorted(set(role_names(self.entry)) | set(DEFAULT_ROLES))
+            near = difflib.get_close_matches(role, names, n=1)
+            raise RowProblem(
+                "unknown role",
+                f"message {number} has the role `{role}`, which neither `roles` nor the chat template "
+                f"`{self.template.name}` names",
+                (f"Did you mean `{near[0]}`? " if near else "")
+                + f"Known: {', '.join(names)}. Others are mapped, for example `roles: {{assistant: [{role}]}}`.",
+            )
 
     def _with_system(self, conversation: Conversation) -> Conversation:
         """The conversation, opened with `default_system_message` where it has no system turn of its own."""

@@ -158,6 +158,8 @@ class ChatTemplate:
         try:
             self._plain = env.from_string(text)
             tree = env.parse(text)
+            self.words = frozenset(c.value for c in tree.find_all(nodes.Const) if isinstance(c.value, str))
+            """The texts that the template compares with or writes, names of roles among them."""
             instrument(tree, env)
             code = env.compile(tree, name, None)
             self._traced = jinja2.Template.from_code(env, code, dict(env.globals))  # type: ignore[arg-type]
