@@ -28,10 +28,19 @@ KILLS_PER_RUN = 5
 
 def kills(bench: Bench, draw: random.Random, count: int, number: signal.Signals) -> dict[str, int]:
     """Sends `count` signals to runs, and compares each run at its end."""
-    found = {"injected": 0, "inside_a_save": 0, "survived": 0, "runs": 0, "bytes_lost": 0, "figures_lost": 0}
+    found = {
+        "injected": 0,
+        "inside_a_save": 0,
+        "with_save_async": 0,
+        "survived": 0,
+        "runs": 0,
+        "bytes_lost": 0,
+        "figures_lost": 0,
+    }
     while found["injected"] < count:
         out = f"{number.name}-{found['runs']}"
         fresh(bench, out)
+        bench.keys[out] = {"save_async": bool(found["runs"] % 2)}
         hits = 0
         for _ in range(min(KILLS_PER_RUN, count - found["injected"])):
             where = kill_at_random(bench, out, draw, number, saving=draw.random() < 0.6)
@@ -40,6 +49,7 @@ def kills(bench: Bench, draw: random.Random, count: int, number: signal.Signals)
             hits += 1
             found["inside_a_save"] += where == "inside a save"
         found["injected"] += hits
+        found["with_save_async"] += hits if bench.keys[out]["save_async"] else 0
         finish(bench, out, hits, found)
     return found
 
@@ -79,6 +89,7 @@ def refusals(bench: Bench, draw: random.Random, count: int) -> dict[str, int]:
     for i in range(count):
         out = f"refusal-{i}"
         folder = fresh(bench, out)
+        bench.keys[out] = {"save_async": i // 4 % 2 == 1}
         kind = ("enospc", "eio", "erofs", "short")[i % 4]
         calls = draw.randint(5, 40) if kind == "short" else draw.randint(90, 700)
         fault = {
@@ -87,6 +98,21 @@ def refusals(bench: Bench, draw: random.Random, count: int) -> dict[str, int]:
             "at": calls,
             "times": draw.randint(1, 40),
         }
+        bench.run(out, fault)
+        if MARK not in bench.said(out):
+            raise SystemExit(f"the fault was not met: {fault}")
+        found["injected"] += 1
+        finish(bench, out, 1, found)
+    return found
+
+
+def jumps(bench: Bench, draw: random.Random, count: int) -> dict[str, int]:
+    """Clocks that leap by years while the run goes on."""
+    found = {"injected": 0, "survived": 0, "runs": 0, "bytes_lost": 0, "figures_lost": 0}
+    for i in range(count):
+        out = f"clock-{i}"
+        fresh(bench, out)
+        fault = {"kind": "clock", "at": draw.randint(1, 40), "times": draw.randint(1, 40), "seed": i}
         bench.run(out, fault)
         if MARK not in bench.said(out):
             raise SystemExit(f"the fault was not met: {fault}")
@@ -109,6 +135,7 @@ def main() -> None:
             "SIGINT": kills(bench, draw, max(count // 8, 1), signal.SIGINT),
             "damaged_files": damages(bench, draw, max(count // 8, 1)),
             "refusing_disk": refusals(bench, draw, max(count // 6, 1)),
+            "jumping_clock": jumps(bench, draw, max(count // 8, 1)),
         }
         warm.close()
     totals = {

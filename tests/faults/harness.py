@@ -98,32 +98,38 @@ class Bench:
         rows = [{"instruction": text(3, 12), "input": "", "output": text(1, 40)} for _ in range(60)]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.undisturbed = folder / "undisturbed"
+        self.keys: dict[str, dict[str, Any]] = {}
+        """Output folder → keys of its config, beside those of all."""
 
     def config(self, out: str, **keys: Any) -> str:
         """Writes a config into `out`; returns its name."""
-        values = {
-            "base_model": str(TESTS / "fixtures" / "tiny-llama3"),
-            "datasets": [{"path": "rows.jsonl", "type": "alpaca"}],
-            "dataset_prepared_path": "prepared",
-            "output_dir": out,
-            "sequence_len": 256,
-            "sample_packing": True,
-            "val_set_size": 0.1,
-            "adapter": "lora",
-            "lora_r": 4,
-            "lora_alpha": 8,
-            "lora_dropout": 0.1,
-            "lora_target_linear": True,
-            "micro_batch_size": 1,
-            "gradient_accumulation_steps": 2,
-            "num_epochs": 3,
-            "evals_per_epoch": 2,
-            "save_steps": SAVE_STEPS,
-            "save_total_limit": 3,
-            "learning_rate": 0.003,
-            "auto_resume_from_checkpoints": True,
-            "bf16": False,
-        } | keys
+        values = (
+            {
+                "base_model": str(TESTS / "fixtures" / "tiny-llama3"),
+                "datasets": [{"path": "rows.jsonl", "type": "alpaca"}],
+                "dataset_prepared_path": "prepared",
+                "output_dir": out,
+                "sequence_len": 256,
+                "sample_packing": True,
+                "val_set_size": 0.1,
+                "adapter": "lora",
+                "lora_r": 4,
+                "lora_alpha": 8,
+                "lora_dropout": 0.1,
+                "lora_target_linear": True,
+                "micro_batch_size": 1,
+                "gradient_accumulation_steps": 2,
+                "num_epochs": 3,
+                "evals_per_epoch": 2,
+                "save_steps": SAVE_STEPS,
+                "save_total_limit": 3,
+                "learning_rate": 0.003,
+                "auto_resume_from_checkpoints": True,
+                "bf16": False,
+            }
+            | self.keys.get(out, {})
+            | keys
+        )
         name = f"{plain(out)}.yml"
         (self.folder / name).write_text(yaml.safe_dump(values))
         return name

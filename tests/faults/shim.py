@@ -7,6 +7,7 @@ short                write takes only a part of what it is given
 fsize                no file may grow beyond `bytes`; enforced by the kernel, so it meets native code as well
 oom                  the forward pass of the `at`-th batches runs out of memory
 nan                  the loss of these batches is no number
+clock                the time of day leaps, by up to twenty years forwards or backwards, at these calls of time.time
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import builtins
 import errno
 import io
 import os
+import random
 import resource
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +50,8 @@ def install(fault: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault["bytes"]), resource.RLIM_INFINITY))
     elif kind in ("oom", "nan"):
         _compute(kind, Counter(at, times))
+    elif kind == "clock":
+        _clock(Counter(at, times), random.Random(fault.get("seed", 0)))
     elif kind == "short":
         _short(os.path.abspath(fault["under"]), Counter(at, times))
     else:
@@ -95,6 +100,18 @@ def _short(folder: str, counter: Counter) -> None:
         return whole(handle, data)
 
     os.write = write
+
+
+def _clock(counter: Counter, draw: random.Random) -> None:
+    plain, off = time.time_ns, [0]
+
+    def time_ns() -> int:
+        if counter.hit():
+            off[0] = draw.randint(-(20 * 365 * 86400), 20 * 365 * 86400) * 10**9
+        return plain() + off[0]
+
+    time.time_ns = time_ns
+    time.time = lambda: time_ns() / 1e9
 
 
 def _compute(kind: str, counter: Counter) -> None:

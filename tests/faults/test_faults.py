@@ -48,13 +48,15 @@ def rerun_changes_nothing(bench: Bench, out: str) -> None:
 
 
 @slow
+@pytest.mark.parametrize("background", [False, True], ids=["", "save_async"])
 @pytest.mark.parametrize("saving", [False, True], ids=["between saves", "inside a save"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_killed_and_started_again(
-    bench: Bench, draw: random.Random, number: signal.Signals, saving: bool
+    bench: Bench, draw: random.Random, number: signal.Signals, saving: bool, background: bool
 ) -> None:
-    out = f"{number.name}-{saving}"
+    out = f"{number.name}-{saving}-{background}"
     fresh(bench, out)
+    bench.keys[out] = {"save_async": background}
     where = [kill_at_random(bench, out, draw, number, saving=saving) for _ in range(FAULTS)]
     print(where)
     ends_as_undisturbed(bench, out)
@@ -83,6 +85,7 @@ def test_a_disk_that_refuses_for_a_while(bench: Bench, draw: random.Random, kind
     for i in range(FAULTS):
         out = f"{kind}-{i}"
         folder = fresh(bench, out)
+        bench.keys[out] = {"save_async": i % 2 == 1}
         # The first calls make the folder and rehearse; a disk that refuses then is told at once (see below).
         fault = {
             "kind": kind,
@@ -105,6 +108,7 @@ def test_native_writers_that_meet_a_limit(bench: Bench, draw: random.Random) -> 
     for i in range(FAULTS):
         out = f"fsize-{i}"
         folder = fresh(bench, out)
+        bench.keys[out] = {"save_async": i % 2 == 1}
         size = draw.randint(170_000, 350_000)
         # Below the size of the tokenizer's file the rehearsal fails; above it, each save of the optimizer.
         code = bench.run(out, {"kind": "fsize", "bytes": size})
@@ -147,6 +151,7 @@ def test_a_disk_that_fills_up_and_is_cleared(
     for i in range(FAULTS):
         disk = small_disk(f"disk-{i}", "6m")
         out = f"disk-{i}/out"
+        bench.keys[out] = {"save_async": i % 2 == 1}
         child = bench.start(out)
         filler = disk / "filler"
         run, lines = disk / "out", draw.randint(4, 9)
@@ -192,6 +197,26 @@ def test_a_disk_too_small_is_told_before_the_first_step(
 
 
 @slow
+def test_a_clock_that_jumps(bench: Bench, draw: random.Random) -> None:
+    for i in range(FAULTS):
+        out = f"clock-{i}"
+        folder = fresh(bench, out)
+        bench.keys[out] = {"max_time": "1h", "hang_timeout": "5m"}
+        fault = {
+            "kind": "clock",
+            "at": draw.randint(1, 40),
+            "times": draw.randint(1, 40),
+            "seed": draw.randrange(10**6),
+        }
+        print(fault)
+        assert bench.run(out, fault) == 0, bench.said(out)[-3000:]
+        assert MARK in bench.said(out)
+        assert bench.outcome(out).differences == []
+        assert not (folder / "stacks.txt").exists()
+        rerun_changes_nothing(bench, out)
+
+
+@slow
 def test_an_output_dir_that_vanishes(bench: Bench, draw: random.Random) -> None:
     for i in range(FAULTS):
         out = f"vanished-{i}"
@@ -210,6 +235,7 @@ def test_an_output_dir_that_vanishes(bench: Bench, draw: random.Random) -> None:
 
 def test_a_kill_inside_a_save_then_the_same_command(bench: Bench, draw: random.Random) -> None:
     fresh(bench, "quick")
+    bench.keys["quick"] = {"save_async": True}
     print(kill_at_random(bench, "quick", draw, signal.SIGKILL, saving=True))
     ends_as_undisturbed(bench, "quick")
     report = (bench.folder / "quick" / "run_report.html").read_text()

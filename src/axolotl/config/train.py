@@ -212,6 +212,8 @@ class TrainSection(Section):
     """Save a checkpoint after the first step, to see that saving works."""
     save_only_model: bool = False
     """Save weights without the state that resuming needs."""
+    save_async: bool = False
+    """Write checkpoints beside training, out of a copy in CPU memory; it holds as much as a checkpoint has bytes."""
     load_best_model_at_end: bool = False
     """End with the best checkpoint instead of the last."""
     metric_for_best_model: Text | None = None

@@ -156,7 +156,11 @@ def _state(run: dict[str, Any], train: list[dict[str, Any]]) -> str:
         return "complete"
     if not train:
         return "no step logged yet"
-    return f"not complete; the last step was logged {datetime.datetime.fromtimestamp(train[-1]['time']):%Y-%m-%d %H:%M}"
+    try:
+        last = f"{datetime.datetime.fromtimestamp(train[-1]['time']):%Y-%m-%d %H:%M}"
+    except (KeyError, TypeError, ValueError, OverflowError, OSError):
+        last = "at a time that no clock shows"
+    return f"not complete; the last step was logged {last}"
 
 
 def _columns(evals: list[dict[str, Any]]) -> list[str]:

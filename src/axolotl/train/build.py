@@ -160,6 +160,11 @@ def build_trainer(
 
     trainer.tell = tell
     _probe(trainer, model, attention, parts, cfg)
+    trackers = guarded(tracked, tell)
+    if trainer.saves_in_background:
+        for each in trackers:
+            each.deferred = True
+            trainer.published.append(lambda state, e=each: e.saved(trainer.args, state, trainer.control))
     for callback in (
         SaveCare(trainer),
         EpochOrder(trainer),
@@ -175,7 +180,7 @@ def build_trainer(
         HangWatch(cfg.train, output_dir),
         limit,
         signals,
-        *guarded(tracked, tell),
+        *trackers,
     ):
         trainer.add_callback(callback)
     if resume is not None:

@@ -47,7 +47,7 @@ _KEPT = (
 KEPT = frozenset(_KEPT.split())
 """Keys whose values the optimizer has saved, and goes on with."""
 _WITHOUT_EFFECT = (
-    "output_dir logging_steps save_strategy save_steps saves_per_epoch save_total_limit save_first_step eval_strategy "
+    "output_dir logging_steps save_strategy save_steps saves_per_epoch save_total_limit save_first_step save_async eval_strategy "
     "eval_steps evals_per_epoch dataset_prepared_path dataset_num_proc dataset_processes dataloader_num_workers "
     "dataloader_pin_memory dataloader_prefetch_factor max_time hang_timeout on_oom merge_lora gc_collect_steps "
     "profiler_steps profiler_steps_start dynamic_checkpoint torch_empty_cache_steps"

@@ -1,7 +1,8 @@
 """Saving checkpoints so that nothing that happens to the disk costs more than the steps since the last good one.
 
 Before the first step the whole way is walked once (`rehearse`); before every save the free space is looked at; a save
-that fails is told, cleared away and tried again after 5, 10, 20, ... seconds, while training goes on.
+that fails is told, cleared away and tried again after 5, 10, 20, ... seconds, while training goes on. With `save_async`
+the training loop only waits for a copy in memory (see `snapshot`), and a thread does the same writing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from transformers.training_args import TrainingArguments as Args
 
 from axolotl.console import note, warn
 from axolotl.errors import CheckpointError, Problem
+from axolotl.train.background import Background
 from axolotl.train.checkpoint import RUN, RunState, publish, rotate, staging, write_json, write_state
+from axolotl.train.snapshot import Copies, Facts, Snapshot, facts, take
 
 if TYPE_CHECKING:
     from axolotl.train.trainer import TrainerMixin
@@ -53,7 +56,6 @@ class Saving(_Base):
     tell: Callable[[str], None]
     """Warns, and writes the warning into run.jsonl."""
     _aside: Path | None = None
-    _to_push: str | None = None
     checkpoint_bytes = 0
     """Size of the last checkpoint of this session; before the first, what it will be at least."""
     save_seconds = 0.0
@@ -62,6 +64,10 @@ class Saving(_Base):
     """Saves on end that failed."""
     retry_at = 0.0
     """When a failed save is tried again (time.monotonic)."""
+    published: list[Callable[[State], None]]
+    """Called with the state of each checkpoint that a thread has written."""
+    _background: Background | None = None
+    _copies: Copies | None = None
 
     def run_state(self) -> RunState:
         """Our own part of a checkpoint at the present step."""
@@ -75,14 +81,16 @@ class Saving(_Base):
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # It uploads from the folder in the background, so the folder has to have its final name.
-        if self._aside is not None:
-            self._to_push = checkpoint_folder
-        else:
+        # It uploads from the folder in the background, so the folder has to have its final name: see `_publish`.
+        if self._aside is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Saves aside and publishes when whole. A save that fails for want of room is told, and training goes on."""
+        if self.saves_in_background:
+            with self.clock.stopped("save"):
+                self._save_in_background()
+            return
         started = time.perf_counter()
         with self.clock.stopped("save"):
             aside = staging(self.parts.output_dir, self.state.global_step)
@@ -94,12 +102,75 @@ class Saving(_Base):
             # All ranks save, or none: saving may be a work of all.
             if not any(self._over_ranks(int(problem is not None))):
                 problem = self._save_aside(aside, args, kwargs)
-            if problem is not None:
-                shutil.rmtree(aside, ignore_errors=True)
-                self._failed(problem)
-            elif self.save_failures:
-                note(f"The checkpoint of step {self.state.global_step} is saved.")
-                self.save_failures = 0
+            self._ended(aside, self.state.global_step, problem)
+        self.save_seconds = time.perf_counter() - started
+
+    def _ended(self, aside: Path, step: int, problem: Exception | None) -> None:
+        if problem is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+            self._failed(problem, step)
+        elif self.save_failures:
+            note(f"The checkpoint of step {step} is saved.")
+            self.save_failures = 0
+
+    # In the background
+
+    @property
+    def saves_in_background(self) -> bool:
+        """Whether a thread writes the checkpoints. Sharded states and some quantised ones only save themselves."""
+        model: Any = self.model
+        alone = hasattr(model, "peft_config") or getattr(model, "hf_quantizer", None) is None
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return bool(self.parts.train.save_async) and alone and not sharded
+
+    def _save_in_background(self) -> None:
+        if self._background is None or self._copies is None:
+            self._background, self._copies = Background("checkpoint"), Copies(self.args.device)
+        # There is memory for one copy: a save that takes longer than the steps up to the next one is waited for.
+        self._background.wait()
+        self.store_flos()
+        shot = take(self, self._copies)  # type: ignore[arg-type]
+        if self.args.should_save:
+            self._background.start(lambda: self._write(shot))
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self._background.wait()
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._background is not None and self._background.busy
+
+    def settle(self) -> None:
+        """Waits for a checkpoint that is being written. Raises what writing it raised, apart from a disk's refusal."""
+        if self._background is not None:
+            with self.clock.stopped("save"):
+                self._background.wait()
+
+    def weights_may_change(self) -> None:
+        """Before anything changes weights or states: copies that a GPU still makes of them come first."""
+        if self._copies is not None:
+            self._copies.hold()
+
+    def _write(self, shot: Snapshot) -> None:
+        """Writes a checkpoint out of memory, with all that holds for one written by the training loop."""
+        started, problem = time.perf_counter(), None
+        aside = staging(self.parts.output_dir, shot.facts.step)
+        try:
+            shot.complete()
+            self._room(aside)
+            written = aside / f"checkpoint-{shot.facts.step}"
+            self._save(str(written), state_dict=shot.weights)
+            for name, value in shot.files.items():
+                torch.save(value, written / name)
+            self._publish(aside, shot.facts)
+        except Exception as error:
+            if not is_disk_trouble(error):
+                raise
+            problem = error
+        self._ended(aside, shot.facts.step, problem)
+        if problem is None:
+            for each in self.published:
+                each(shot.facts.state)
         self.save_seconds = time.perf_counter() - started
 
     def _save_aside(self, aside: Path, args: Any, kwargs: Any) -> Exception | None:
@@ -112,7 +183,7 @@ class Saving(_Base):
             # Every rank writes its random state: the folder is whole when all have.
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                self._publish(aside)
+                self._publish(aside, facts(self))  # type: ignore[arg-type]
         except Exception as error:
             if not is_disk_trouble(error):
                 raise
@@ -133,37 +204,37 @@ class Saving(_Base):
         if free < needed:
             raise OSError(errno.ENOSPC, f"{free / 2**20:.1f} MiB are free, it needs {needed / 2**20:.1f}")
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception, step: int) -> None:
         self.save_failures += 1
         wait = min(FIRST_WAIT * 2 ** (self.save_failures - 1), LONGEST_WAIT)
         self.retry_at = time.monotonic() + wait
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         self.tell(
-            f"The checkpoint of step {self.state.global_step} could not be saved: {reason}. Training goes on; the next "
-            f"try is in {wait:.0f} seconds."
+            f"The checkpoint of step {step} could not be saved: {reason}. Training goes on; the next try is in "
+            f"{wait:.0f} seconds."
         )
 
-    def _publish(self, aside: Path) -> None:
-        parts, final = self.parts, self.checkpoint_folder()
+    def _publish(self, aside: Path, facts: Facts) -> None:
+        parts, state = self.parts, facts.state
+        final = Path(parts.output_dir) / f"checkpoint-{facts.step}"
         written = aside / final.name
-        best = self.state.best_global_step
-        if best and (best == self.state.global_step or (parts.output_dir / f"checkpoint-{best}").exists()):
-            self.state.best_model_checkpoint = str(parts.output_dir / f"checkpoint-{best}")
-        self.state.save_to_json(str(written / "trainer_state.json"))
-        write_state(written, self.run_state())
-        parts.batches.save_place(
-            written, self.state.global_step * self.args.gradient_accumulation_steps * self.args.world_size
-        )
+        best = state.best_global_step
+        if best and (best == facts.step or (parts.output_dir / f"checkpoint-{best}").exists()):
+            state.best_model_checkpoint = str(parts.output_dir / f"checkpoint-{best}")
+        state.save_to_json(str(written / "trainer_state.json"))
+        write_state(written, facts.run)
+        for name, text in facts.place.items():
+            (written / name).write_text(text, encoding="utf-8")
         write_json(written / "axolotl_config.json", parts.asked)
         publish(written, final)
         shutil.rmtree(aside, ignore_errors=True)
+        self.state.best_model_checkpoint = state.best_model_checkpoint
         self.checkpoint_bytes = size_of(final)
         if parts.run and not (parts.output_dir / RUN).exists():
             write_json(parts.output_dir / RUN, parts.run)
-        rotate(parts.output_dir, parts.train.save_total_limit, self.state.best_model_checkpoint, final)
-        if self._to_push is not None:
-            self._to_push = None
-            self._push_from_checkpoint(str(final))
+        rotate(parts.output_dir, parts.train.save_total_limit, state.best_model_checkpoint, final)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(final))
 
     def rehearse(self) -> None:
         """Writes once all that a checkpoint holds, and removes it. Raises CheckpointError where that does not work.
@@ -220,9 +291,33 @@ class SaveCare(TrainerCallback):
     def on_train_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         if not self.trainer.is_deepspeed_enabled and not self.trainer.is_fsdp_enabled:
             self.trainer.rehearse()
+        if self.trainer.parts.train.save_async and self.trainer.parts.cadence.save:
+            self._say_how()
+
+    def _say_how(self) -> None:
+        if self.trainer.saves_in_background:
+            copied = self.trainer.checkpoint_bytes / 2**20
+            note(
+                f"Checkpoints are written in the background, out of a copy in memory of about {copied:,.0f} MiB."
+            )
+        else:
+            self.trainer.tell(
+                "`save_async`: this model or its sharding saves itself, so training waits for each save."
+            )
+
+    def on_pre_optimizer_step(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+        self.trainer.weights_may_change()
+
+    def on_epoch_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+        if control.should_training_stop or state.global_step >= state.max_steps:
+            # What comes next may read the best checkpoint.
+            self.trainer.settle()
 
     def on_step_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
-        if args.world_size <= 1 and self.trainer.save_failures and time.monotonic() >= self.trainer.retry_at:
+        trainer = self.trainer
+        if args.world_size > 1 or not trainer.save_failures or trainer.saving:
+            return
+        if time.monotonic() >= trainer.retry_at:
             control.should_save = True
 
 

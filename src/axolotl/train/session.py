@@ -112,7 +112,8 @@ def train(trainer: Trainer, cfg: Config, resume: Path | None = None) -> TrainRes
         write_json(output_dir / RUN, parts.run)
         if resume is not None:
             note(f"Continuing from {resume}.")
-    started = time.time()
+    # Not the time of day, which may be set while the run goes on.
+    started = time.monotonic()
     signals, limit = _callback(trainer, Signals), _callback(trainer, TimeLimit)
     interrupted = False
     # What the imports have left in memory stays; looking through it again costs the loop half a second.
@@ -132,6 +133,11 @@ def train(trainer: Trainer, cfg: Config, resume: Path | None = None) -> TrainRes
                     f"The GPU's memory ran out after step {trainer.state.global_step}: {str(error).splitlines()[0]}",
                     "Lower `eval_batch_size`, `micro_batch_size` or `sequence_len`, or choose an 8-bit `optimizer`.",
                 ) from error
+            trainer.settle()  # type: ignore[attr-defined]
+    except Exception:
+        # A checkpoint that is being written is worth having whatever the run died of.
+        trainer.settle()  # type: ignore[attr-defined]
+        raise
     finally:
         _callback(trainer, HangWatch).close()
         gc.unfreeze()
@@ -148,7 +154,7 @@ def train(trainer: Trainer, cfg: Config, resume: Path | None = None) -> TrainRes
 
 def _finish_resumed(trainer: Trainer, cfg: Config, resume: Path) -> TrainResult:
     """The end of a run that was broken off between its last step and its end."""
-    started = time.time()
+    started = time.monotonic()
     trainer._load_from_checkpoint(str(resume))
     trainer.state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
     log = _callback(trainer, RunLog)
@@ -183,6 +189,7 @@ def _stopped(trainer: Trainer, cfg: Config, why: str, exit_code: int) -> TrainRe
     if not folder.is_dir():
         # A save that the disk refused is tried once more: there is no later one.
         trainer._save_checkpoint(trainer.model_wrapped, None)
+        trainer.settle()  # type: ignore[attr-defined]
     saved = folder if folder.is_dir() else None
     if saved:
         command = f"axolotl train {_sources(cfg)} --resume-from-checkpoint {saved}"
@@ -207,7 +214,7 @@ def _finish(
             write_json(output_dir / RUN, run)
 
         _written(record, "The record of the run", output_dir, 4)
-        _summary(trainer, cfg, loss, time.time() - started)
+        _summary(trainer, cfg, loss, time.monotonic() - started)
     return TrainResult(trainer.state.global_step, True, loss, metrics)
 
 

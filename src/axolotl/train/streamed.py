@@ -226,10 +226,9 @@ class StreamSource:
             generator=torch.Generator().manual_seed(0),
         )
 
-    def save_place(self, folder: Path, batch: int) -> None:
-        """Writes into a checkpoint where batch `batch` is found again."""
-        place = self.rows.place_of(batch)
-        (folder / PLACE).write_text(json.dumps(asdict(place)) + "\n", encoding="utf-8")
+    def place(self, batch: int) -> dict[str, str]:
+        """File name → text: what a checkpoint keeps to find batch `batch` again."""
+        return {PLACE: json.dumps(asdict(self.rows.place_of(batch))) + "\n"}
 
     def close(self) -> None:
         """Stops reading ahead."""

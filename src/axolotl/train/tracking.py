@@ -100,7 +100,7 @@ def _flag(value: bool | None) -> str | None:
     return None if value is None else str(value).lower()
 
 
-def guarded(names: list[str], tell: Callable[[str], None]) -> list[TrainerCallback]:
+def guarded(names: list[str], tell: Callable[[str], None]) -> list[Guarded]:
     """The trackers as callbacks that cannot stop a run: each works in a thread of its own."""
     return [Guarded(name, tell) for name in names]
 
@@ -122,6 +122,8 @@ class Guarded(TrainerCallback):
         self.name, self.tell = name, tell
         self.make = make or (lambda: get_reporting_integration_callbacks([name])[0]())
         self.failures, self.off = 0, False
+        self.deferred = False
+        """Checkpoints are written by a thread, which says when one is there (see `saved`)."""
         self.orders: queue.Queue[Any] = queue.Queue(self.QUEUED)
         self.done = threading.Event()
         self.thread: threading.Thread | None = None
@@ -189,4 +191,9 @@ class Guarded(TrainerCallback):
         self._pass("on_evaluate", args, state, control, kwargs)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._pass("on_save", args, state, control, kwargs)
+        if not self.deferred:
+            self._pass("on_save", args, state, control, kwargs)
+
+    def saved(self, args: Any, state: Any, control: Any) -> None:
+        """A checkpoint of this state is on the disk."""
+        self._pass("on_save", args, state, control, {})

@@ -93,6 +93,7 @@ class TrainerMixin(Saving, Steps, _Base):
         self.asked_to_end = False
         """Some rank got a signal before this step; all ranks know it."""
         self.tell: Callable[[str], None] = warn
+        self.published = []
         self._parameters: int | None = None
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
