@@ -198,6 +198,10 @@ class TrainSection(Section):
     """Loss above which something is wrong."""
     loss_watchdog_patience: Annotated[PositiveInt | None, ZERO_IS_OFF] = None
     """Steps above that loss after which training ends; 3 when unset."""
+    spike_threshold: NonNegativeFloat = 10.0
+    """Robust deviations from the usual, at which a step's loss or gradient norm is told and its rows noted; 0 for never."""
+    spike_patience: Annotated[PositiveInt | None, ZERO_IS_OFF] = None
+    """Such steps on end after which training ends; never when unset."""
 
     # Saving and resuming
     save_strategy: SaveStrategy = None

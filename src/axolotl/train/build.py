@@ -25,6 +25,7 @@ from axolotl.errors import ModelError, Problem
 from axolotl.methods.registry import Method, method_of
 from axolotl.model.attention import AttentionChoice, choose_attention, set_attention
 from axolotl.registry import require_extra
+from axolotl.train.anomalies import SpikeWatch
 from axolotl.train.arguments import build_arguments
 from axolotl.train.batches import BatchSource, build_batches
 from axolotl.train.cadence import Cadence
@@ -280,6 +281,8 @@ def _compare(trainer: Any, resume: Path) -> None:
         return
     trainer.trained_tokens = saved.trained_tokens
     trainer.bad_steps, trainer.bad_streak, trainer.split = saved.bad_steps, saved.bad_streak, saved.split
+    trainer.spikes = SpikeWatch(trainer.parts.train.spike_threshold, saved.losses, saved.norms)
+    trainer.spikes.count, trainer.spikes.streak = saved.spikes, saved.spike_streak
     for change in differences(saved, trainer.run_state()):
         warn(f"Since {resume.name} was saved, {change}.")
 

@@ -46,6 +46,14 @@ class RunState:
     """Steps that were left out because loss or gradient was no number."""
     bad_streak: int = 0
     """Those on end."""
+    losses: tuple[float, ...] = ()
+    """Of the last steps, by which spikes are recognised."""
+    norms: tuple[float, ...] = ()
+    """Logarithms of their gradients' norms."""
+    spikes: int = 0
+    """Steps whose loss or gradient was far above its usual range."""
+    spike_streak: int = 0
+    """Those on end."""
     split: int = 1
     """Parts in which each micro batch is computed, since the GPU's memory ran out."""
 

@@ -49,7 +49,8 @@ KEPT = frozenset(_KEPT.split())
 _WITHOUT_EFFECT = (
     "output_dir logging_steps save_strategy save_steps saves_per_epoch save_total_limit save_first_step save_async eval_strategy "
     "eval_steps evals_per_epoch dataset_prepared_path dataset_num_proc dataset_processes dataloader_num_workers "
-    "dataloader_pin_memory dataloader_prefetch_factor max_time hang_timeout on_oom merge_lora gc_collect_steps "
+    "dataloader_pin_memory dataloader_prefetch_factor max_time hang_timeout on_oom spike_threshold spike_patience "
+    "loss_watchdog_threshold loss_watchdog_patience merge_lora gc_collect_steps "
     "profiler_steps profiler_steps_start dynamic_checkpoint torch_empty_cache_steps"
 )
 WITHOUT_EFFECT = frozenset(_WITHOUT_EFFECT.split())

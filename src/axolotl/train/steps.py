@@ -1,4 +1,6 @@
-"""What a step survives: a loss or gradient that is no number is left out, a batch too large for the GPU is cut."""
+"""What a step survives: a loss or gradient that is no number is left out, a wild one is told, a batch too large for the
+GPU is cut.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,10 @@ from transformers.trainer_callback import TrainerState as State
 from transformers.training_args import TrainingArguments as Args
 
 from axolotl.data.collate import Batch, PackedCollator, Row
-from axolotl.data.types import IGNORE_INDEX
 from axolotl.errors import EnvironmentProblem, Problem, UserError
+from axolotl.train.anomalies import KEPT, Spike, SpikeWatch, note_down, rows_of_step
 from axolotl.train.checkpoint import write_json
+from axolotl.train.progress import cut_back
 
 if TYPE_CHECKING:
     from axolotl.train.trainer import TrainerMixin
@@ -30,7 +33,7 @@ else:
     _Base = object
 
 BAD_STEPS = 3  # steps on end without a finite loss and gradient, after which training ends
-SHOWN_CHARACTERS = 300
+TOLD_ONE_BY_ONE = 10  # steps out of the ordinary; of more, each tenth is told
 
 
 class TrainingDiverged(UserError):
@@ -96,6 +99,7 @@ class Steps(_Base):
     """Parts in which each micro batch is computed, since memory ran out."""
     bad_steps, bad_streak = 0, 0
     """Steps that were left out since the run began, and those on end."""
+    spikes: SpikeWatch
     _failed_losses: torch.Tensor | None = None
     _step_losses: list[torch.Tensor]
     _micro = 0
@@ -119,7 +123,7 @@ class Steps(_Base):
         self.clock.add("backward", both - (self.clock.spent.get("forward", 0.0) - forward))
         self._micro += 1
         finite = torch.isfinite(loss)
-        self._step_losses.append(finite)
+        self._step_losses.append(loss.detach())
         failed = (~finite).to(torch.int64)
         self._failed_losses = failed if self._failed_losses is None else self._failed_losses + failed
         # The trainer sums losses until it logs, and would never get rid of a NaN again.
@@ -219,31 +223,33 @@ class Steps(_Base):
         return not self.is_deepspeed_enabled and getattr(self.accelerator, "scaler", None) is None
 
     def check_step(self) -> None:
-        """Before the optimizer's step: leaves it out where loss or gradient is not finite. Raises TrainingDiverged."""
+        """Before the optimizer's step: leaves it out where loss or gradient is not finite, tells what is far above its
+        usual range. Raises TrainingDiverged.
+        """
         if not self.checks_steps:
             return
-        good = torch.stack([each.reshape(()) for each in self._step_losses]).all()
-        if self._norm is not None:
-            norm = self._norm
-            good = good & (
-                torch.isfinite(norm).all().to(good.device) if torch.is_tensor(norm) else math.isfinite(norm)
-            )
-        if bool(good):
+        losses, norm = self._figures()
+        if all(map(math.isfinite, losses)) and (norm is None or math.isfinite(norm)):
             self.bad_streak = 0
+            self._look_for_spikes(losses, norm)
             return
         # An optimizer passes over a weight without gradient: neither it nor its state changes.
         self.model_wrapped.zero_grad(set_to_none=True)
         self.bad_steps, self.bad_streak = self.bad_steps + 1, self.bad_streak + 1
         step = self.state.global_step + 1
-        finite = all(bool(each) for each in self._step_losses)
-        what = "gradient" if finite else "loss"
+        what = "gradient" if all(map(math.isfinite, losses)) else "loss"
+        if self.bad_steps <= KEPT:
+            self._note_down(losses, what=f"{what} is not finite")
         limit = self.parts.train.loss_watchdog_patience or BAD_STEPS
         if self.bad_streak < limit:
             self.tell(
                 f"The {what} of step {step} is not a finite number: the step is left out ({self.bad_steps} so far)."
             )
             return
-        file = self._save_bad_batch(step, what)
+        file = self.parts.output_dir / "bad_batch.json"
+        with contextlib.suppress(OSError):
+            shown = rows_of_step(self, losses)  # type: ignore[arg-type]
+            write_json(file, {"step": step, "not_finite": what, "micro_batches": shown})
         raise TrainingDiverged(
             Problem(
                 f"The {what} was not a finite number {self.bad_streak} times on end, at step {step} the last time.",
@@ -252,29 +258,46 @@ class Steps(_Base):
             )
         )
 
-    def _save_bad_batch(self, step: int, what: str) -> Any:
-        source, tokenizer = self.parts.batches.rows, self.processing_class
-        decode: Any = getattr(tokenizer, "decode", str)
-        shown = []
-        for batch, finite in zip(self._step_batches(), self._step_losses, strict=False):
-            # A row of a stream has no number of its own.
-            numbers = (
-                [i for each in self.order.bins_of(batch) for i in each]
-                if hasattr(source, "saved_row")
-                else []
+    def _figures(self) -> tuple[list[float], float | None]:
+        """The losses of the step's micro batches and the gradient's norm, fetched from the device at once."""
+        figures = [each.reshape(()).float() for each in self._step_losses]
+        norm = self._norm
+        if torch.is_tensor(norm):
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            figures.append(norm.detach().reshape(()).float().to(figures[0].device))
+            *losses, length = torch.stack(figures).tolist()
+            return losses, length
+        return torch.stack(figures).tolist(), None if norm is None else float(norm)
+
+    def _look_for_spikes(self, losses: list[float], norm: float | None) -> None:
+        found = self.spikes.look(sum(losses), norm)
+        # What only one rank sees must not end the run on that rank alone; the norm is the same on all.
+        counted = found if self.args.world_size <= 1 else [each for each in found if each.what != "loss"]
+        self.spikes.streak = self.spikes.streak + 1 if counted else 0
+        if not found:
+            return
+        self.spikes.count += 1
+        number, patience = self.spikes.count, self.parts.train.spike_patience
+        file = self._note_down(losses, spikes=found) if number <= KEPT else None
+        where = f" Its rows are in {file}." if file is not None else ""
+        said = f"Step {self.state.global_step + 1} is out of the ordinary: {'; '.join(map(str, found))}"
+        if number <= TOLD_ONE_BY_ONE or number % 10 == 0:
+            self.tell(f"{said} ({number} so far).{where}")
+        if patience is not None and self.spikes.streak >= patience:
+            raise TrainingDiverged(
+                Problem(
+                    f"{said}, the {self.spikes.streak}th step on end (`spike_patience: {patience}`).",
+                    f"Look at the rows in {file or 'anomalies.jsonl'}. Lower `learning_rate` or `max_grad_norm`, or "
+                    "mend the data; then resume from a checkpoint before it.",
+                    keys=("spike_patience",),
+                )
             )
-            mine: list[dict[str, Any]] = []
-            for ids, labels in (row for each in self._rows_of(batch) for row in each):
-                text = decode(ids.tolist())
-                trained = int((labels[1:] != IGNORE_INDEX).sum())
-                mine.append({"tokens": len(ids), "trained_tokens": trained, "text": text[:SHOWN_CHARACTERS]})
-                if numbers:
-                    mine[-1]["row"] = source.saved_row(numbers[len(mine) - 1])
-            shown.append({"batch": batch, "loss_is_finite": bool(finite), "rows": mine})
-        file = self.parts.output_dir / "bad_batch.json"
-        with contextlib.suppress(OSError):
-            write_json(file, {"step": step, "not_finite": what, "micro_batches": shown})
-        return file
+
+    def _note_down(self, losses: list[float], *, what: str = "", spikes: Sequence[Spike] = ()) -> Any:
+        line: dict[str, Any] = {"step": self.state.global_step + 1}
+        line |= {"what": what} if what else {"spikes": [dataclasses.asdict(each) for each in spikes]}
+        line["micro_batches"] = rows_of_step(self, losses)  # type: ignore[arg-type]
+        return note_down(self.parts.output_dir, self.args.process_index, line)
 
 
 class StepCheck(TrainerCallback):
@@ -282,6 +305,12 @@ class StepCheck(TrainerCallback):
 
     def __init__(self, trainer: TrainerMixin) -> None:
         self.trainer, self.at = trainer, 0.0
+
+    def on_train_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+        # Steps that are done again are noted down again.
+        with contextlib.suppress(OSError):
+            for file in self.trainer.parts.output_dir.glob("anomalies*.jsonl") if args.should_save else ():
+                cut_back(file, state.global_step)
 
     def on_pre_optimizer_step(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         self.trainer.check_step()

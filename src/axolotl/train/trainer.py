@@ -30,6 +30,7 @@ from axolotl.data.types import IGNORE_INDEX
 from axolotl.distributed.world import peak_memory_bytes, world
 from axolotl.errors import AxolotlError, DataError
 from axolotl.optim.build import build_optimizer, build_schedule
+from axolotl.train.anomalies import SpikeWatch
 from axolotl.train.batches import BatchSource, EpochBatches
 from axolotl.train.cadence import Cadence
 from axolotl.train.checkpoint import RunState
@@ -94,6 +95,7 @@ class TrainerMixin(Saving, Steps, _Base):
         """Some rank got a signal before this step; all ranks know it."""
         self.tell: Callable[[str], None] = warn
         self.published = []
+        self.spikes = SpikeWatch(parts.train.spike_threshold)
         self._parameters: int | None = None
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
@@ -259,6 +261,10 @@ class TrainerMixin(Saving, Steps, _Base):
             trained_tokens=self.trained_tokens,
             bad_steps=self.bad_steps,
             bad_streak=self.bad_streak,
+            losses=tuple(self.spikes.losses),
+            norms=tuple(self.spikes.norms),
+            spikes=self.spikes.count,
+            spike_streak=self.spikes.streak,
             split=self.split,
         )
 
