@@ -75,6 +75,10 @@ def muon(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimize
     return Combined(*parts)
 
 
+def _on_cpu(groups: list[Group]) -> bool:
+    return all(p.device.type == "cpu" for group in groups for p in group["params"])
+
+
 def _bitsandbytes(name: str, groups: list[Group], model: nn.Module, arguments: dict[str, Any]) -> Optimizer:
     """An optimizer of bitsandbytes. Embeddings keep their state in 32 bits: 8 make them unstable."""
     package = require_extra("bitsandbytes", "bitsandbytes", f"The optimizer `{name}`")
@@ -89,6 +93,10 @@ def _bitsandbytes(name: str, groups: list[Group], model: nn.Module, arguments: d
         for module in model.modules():
             if isinstance(module, nn.Embedding):
                 overrides.register_module_override(module, "weight", {"optim_bits": 32})
+    if kind == "AdEMAMix" and name.startswith("paged_") and _on_cpu(groups):
+        raise EnvironmentProblem(
+            f"The optimizer `{name}` needs a GPU.", f"Use `optimizer: {name.removeprefix('paged_').removesuffix('_32bit')}`."
+        )
     if kind != "RMSprop":
         arguments = {"is_paged": name.startswith("paged_")} | arguments
     return getattr(package.optim, kind)(groups, optim_bits=8 if "8bit" in name else 32, **arguments)
@@ -156,7 +164,9 @@ def optimi(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimi
     """AdamW of optimi, exact in pure bfloat16 by Kahan summation; or StableAdamW, which clips its own updates."""
     package = require_extra("optimi", "optimizers", f"The optimizer `{optim.optimizer}`")
     kind = package.StableAdamW if optim.optimizer == "stable_adamw" else package.AdamW
-    return kind(groups, **adam(optim))
+    # Left to itself it takes Triton wherever that is installed.
+    own = {"triton": False} if _on_cpu(groups) else {}
+    return kind(groups, **(own | adam(optim)))
 
 
 @optimizers.register("came_pytorch", extra="optimizers")
@@ -167,13 +177,6 @@ def came(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimize
     eps = (optim.adam_epsilon or 1e-30, optim.adam_epsilon2 or 1e-16)
     own = {"lr": optim.learning_rate, "betas": (*adam_betas(optim), third), "eps": eps}
     return package.CAME(groups, **(own | options(optim)))
-
-
-@optimizers.register("grokadamw", extra="optimizers")
-def grokadamw(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
-    """GrokAdamW: AdamW that amplifies slow gradients."""
-    package = require_extra("grokadamw", "optimizers", f"The optimizer `{optim.optimizer}`")
-    return package.GrokAdamW(groups, **adam(optim))
 
 
 def _unavailable(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from axolotl.train.checkpoint import RunState
@@ -68,8 +69,7 @@ class Copies:
         """A copy of a tensor, in memory that belongs to `name`."""
         tensor = tensor.detach()
         if type(tensor) is not torch.Tensor:
-            # Kinds of their own, such as 8-bit states, know best how they are copied.
-            return tensor.clone().cpu()
+            return self._of_parts(name, tensor)
         on_gpu = self._stream is not None and tensor.device.type == "cuda"
         kept = self._kept.get(name)
         if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
@@ -84,6 +84,16 @@ class Copies:
                 kept.copy_(tensor, non_blocking=True)
                 tensor.record_stream(self._stream)  # type: ignore[arg-type]
         return kept
+
+    def _of_parts(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a tensor that is made of others, such as an 8-bit state: codes and scales."""
+        if not is_traceable_wrapper_subclass(tensor):
+            return copy.deepcopy(tensor).cpu()
+        inner, context = tensor.__tensor_flatten__()
+        parts = {part: self.of(f"{name} {part}", getattr(tensor, part)) for part in inner}
+        kind: Any = type(tensor)
+        made: torch.Tensor = kind.__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
+        return made
 
     def end(self) -> Callable[[], None]:
         """Ends the set; what is returned waits until all of it has arrived."""
