@@ -356,7 +356,7 @@ def test_a_tracker_that_raises_is_left_out(trainer):
 def test_a_tracker_that_hangs_is_left_behind(trainer):
     forever = threading.Event()
     run = trainer(tiny_model(), rows(8))
-    _, said = guard(run, lambda event: forever.wait(60), WAIT=0.3)
+    _, said = guard(run, lambda event: forever.wait(60), wait=0.3)
     began = time.monotonic()
     assert train(run, run.cfg).complete
     forever.set()

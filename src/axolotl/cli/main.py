@@ -136,7 +136,13 @@ def train(ctx: click.Context, args: tuple[str, ...], sweep: Path | None) -> None
     cfg = _load(args, "train")
     from axolotl.run import train as verb
 
-    ctx.exit(verb.train(cfg).exit_code)
+    result = verb.train(cfg)
+    if result.stuck:
+        # What a tracker's package has registered for the end of the process may wait for its server for minutes.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(result.exit_code)
+    ctx.exit(result.exit_code)
 
 
 def _sweep(args: tuple[str, ...], file: Path) -> int:

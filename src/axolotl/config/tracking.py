@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from axolotl.config.section import PositiveInt, Section, Text, idle, later, secret
+from axolotl.config.section import PositiveFloat, PositiveInt, Section, Text, idle, later, secret
 
 
 class TrackingSection(Section):
@@ -64,6 +64,8 @@ class TrackingSection(Section):
     """Name of the run on Trackio."""
     trackio_space_id: Text | None = None
     """Hub Space to which Trackio sends; unset keeps everything on this machine."""
+    tracker_timeout: PositiveFloat = 60.0
+    """Seconds that the beginning and the end of a run wait for a tracker before they go on without it."""
     use_otel_metrics: bool = later("OpenTelemetry metrics", False)
     """Serve figures in OpenTelemetry's form."""
     otel_metrics_host: Text = later("OpenTelemetry metrics", "localhost")

@@ -95,7 +95,8 @@ def _bitsandbytes(name: str, groups: list[Group], model: nn.Module, arguments: d
                 overrides.register_module_override(module, "weight", {"optim_bits": 32})
     if kind == "AdEMAMix" and name.startswith("paged_") and _on_cpu(groups):
         raise EnvironmentProblem(
-            f"The optimizer `{name}` needs a GPU.", f"Use `optimizer: {name.removeprefix('paged_').removesuffix('_32bit')}`."
+            f"The optimizer `{name}` needs a GPU.",
+            f"Use `optimizer: {name.removeprefix('paged_').removesuffix('_32bit')}`.",
         )
     if kind != "RMSprop":
         arguments = {"is_paged": name.startswith("paged_")} | arguments

@@ -161,7 +161,7 @@ def build_trainer(
 
     trainer.tell = tell
     _probe(trainer, model, attention, parts, cfg)
-    trackers = guarded(tracked, tell)
+    trackers = guarded(tracked, cfg.tracking, _facts(parts), tell)
     if trainer.saves_in_background:
         for each in trackers:
             each.deferred = True
@@ -188,6 +188,13 @@ def build_trainer(
         _compare(trainer, resume)
     _say(cfg, trainer, attention)
     return trainer
+
+
+def _facts(parts: Parts) -> dict[str, Any]:
+    """What trackers record about a run."""
+    return {"run_id": parts.run_id, "config": parts.asked} | {
+        key: parts.run[key] for key in ("data", "environment")
+    }
 
 
 def _named(name: str, method: Method) -> Any:

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from axolotl.train.checkpoint import (
 from axolotl.train.progress import ProgressLine, RunLog, duration
 from axolotl.train.record import changed_config
 from axolotl.train.saving import is_disk_trouble, persistently
+from axolotl.train.tracking import Guarded
 from axolotl.train.trainer import Interrupted, Parts
 from axolotl.train.watch import HangWatch, TimeLimit
 
@@ -66,6 +67,8 @@ class TrainResult:
     """0, or 128 and the number of the signal that ended the session."""
     checkpoint: Path | None = None
     """The checkpoint saved because of that signal."""
+    stuck: tuple[str, ...] = ()
+    """Trackers that still hang in something; left to themselves they may keep the process from ending."""
 
 
 def seed_everything(seed: int) -> None:
@@ -98,6 +101,12 @@ def train(trainer: Trainer, cfg: Config, resume: Path | None = None) -> TrainRes
     Raises CheckpointError or EnvironmentProblem where the folder cannot be written, TrainingDiverged where the loss
     is no number any more.
     """
+    result = _train(trainer, cfg, resume)
+    trackers = [each for each in trainer.callback_handler.callbacks if isinstance(each, Guarded)]
+    return replace(result, stuck=tuple(each.name for each in trackers if each.stuck))
+
+
+def _train(trainer: Trainer, cfg: Config, resume: Path | None) -> TrainResult:
     parts: Parts = trainer.parts  # type: ignore[attr-defined]
     output_dir, main = parts.output_dir, world().is_main
     if main:

@@ -17,6 +17,7 @@ from transformers.trainer_callback import TrainerCallback
 from axolotl.config.output import OutputSection
 from axolotl.config.tracking import TrackingSection
 from axolotl.errors import EnvironmentProblem, Problem
+from axolotl.train.provenance import RECORDERS, finish
 
 PACKAGES = {
     "tensorboard": "tensorboard",
@@ -79,9 +80,6 @@ def tracking_environment(tracking: TrackingSection, output: OutputSection) -> di
         "COMET_EXPERIMENT_KEY": tracking.comet_experiment_key,
         "COMET_START_MODE": tracking.comet_mode,
         "COMET_START_ONLINE": _flag(tracking.comet_online),
-        "TRACKIO_PROJECT": tracking.trackio_project_name,
-        "TRACKIO_RUN_NAME": tracking.trackio_run_name,
-        "TRACKIO_SPACE_ID": tracking.trackio_space_id,
         "TENSORBOARD_LOGGING_DIR": str(Path(output.output_dir) / "runs")
         if tracking.use_tensorboard
         else None,
@@ -100,9 +98,32 @@ def _flag(value: bool | None) -> str | None:
     return None if value is None else str(value).lower()
 
 
-def guarded(names: list[str], tell: Callable[[str], None]) -> list[Guarded]:
-    """The trackers as callbacks that cannot stop a run: each works in a thread of its own."""
-    return [Guarded(name, tell) for name in names]
+def guarded(
+    names: list[str], tracking: TrackingSection, facts: Mapping[str, Any], tell: Callable[[str], None]
+) -> list[Guarded]:
+    """The trackers as callbacks that cannot stop a run: each works in a thread of its own.
+
+    `facts` about the run are recorded with each (see `provenance`).
+    """
+    return [
+        Guarded(name, tell, arguments=_arguments(name, tracking), facts=facts, wait=tracking.tracker_timeout)
+        for name in names
+    ]
+
+
+def _arguments(name: str, tracking: TrackingSection) -> dict[str, Any]:
+    """The training arguments that a tracker's callback reads, where they are not the environment's."""
+    names = {
+        "wandb": tracking.wandb_name,
+        "mlflow": tracking.mlflow_run_name,
+        "trackio": tracking.trackio_run_name,
+    }
+    values: dict[str, Any] = {"run_name": names.get(name)}
+    if name == "trackio":
+        values |= {"project": tracking.trackio_project_name, "trackio_space_id": tracking.trackio_space_id}
+        # Without a Space nothing is to be published at the end.
+        values |= {} if tracking.trackio_space_id else {"trackio_static_space_id": False}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 class Guarded(TrainerCallback):
@@ -112,21 +133,32 @@ class Guarded(TrainerCallback):
     """
 
     PATIENCE = 3
-    WAIT = 60.0
-    """Seconds that the beginning and the end of a run wait for the tracker."""
     QUEUED = 10_000
 
     def __init__(
-        self, name: str, tell: Callable[[str], None], make: Callable[[], TrainerCallback] | None = None
+        self,
+        name: str,
+        tell: Callable[[str], None],
+        make: Callable[[], TrainerCallback] | None = None,
+        *,
+        arguments: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Any] | None = None,
+        wait: float = 60.0,
     ) -> None:
-        self.name, self.tell = name, tell
+        self.name, self.tell, self.wait = name, tell, wait
         self.make = make or (lambda: get_reporting_integration_callbacks([name])[0]())
+        self.arguments, self.facts = arguments or {}, facts
         self.failures, self.off = 0, False
         self.deferred = False
         """Checkpoints are written by a thread, which says when one is there (see `saved`)."""
         self.orders: queue.Queue[Any] = queue.Queue(self.QUEUED)
         self.done = threading.Event()
         self.thread: threading.Thread | None = None
+
+    @property
+    def stuck(self) -> bool:
+        """It was left behind in the middle of something, which may keep the process from ending."""
+        return self.off and self.thread is not None and self.thread.is_alive()
 
     def _work(self) -> None:
         try:
@@ -141,6 +173,10 @@ class Guarded(TrainerCallback):
             event, args, state, control, kwargs = order
             try:
                 getattr(tracker, event)(args, state, control, **kwargs)
+                if event == "on_train_begin" and self.facts is not None:
+                    RECORDERS[self.name](tracker, self.facts)
+                elif event == "on_train_end":
+                    finish(self.name)
                 self.failures = 0
             except BaseException as error:
                 self.failures += 1
@@ -161,6 +197,10 @@ class Guarded(TrainerCallback):
         if self.thread is None:
             self.thread = threading.Thread(target=self._work, name=f"tracker {self.name}", daemon=True)
             self.thread.start()
+        if self.arguments:
+            args = copy.copy(args)
+            for key, value in self.arguments.items():
+                setattr(args, key, value)
         # The training loop goes on writing into these.
         kwargs = {k: copy.copy(v) if k in ("logs", "metrics") else v for k, v in kwargs.items()}
         try:
@@ -173,8 +213,8 @@ class Guarded(TrainerCallback):
             return
         self.done.clear()
         self.orders.put(None)
-        if not self.done.wait(self.WAIT):
-            self._leave(f"has not answered for {self.WAIT:.0f} seconds")
+        if not self.done.wait(self.wait):
+            self._leave(f"has not answered for {self.wait:.0f} seconds")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._pass("on_train_begin", args, state, control, kwargs)
