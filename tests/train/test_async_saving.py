@@ -142,7 +142,7 @@ def test_a_disk_that_refuses_in_the_background_is_told_and_tried_again(trainer, 
     monkeypatch.setattr(saving, "publish", refuse)
     run = trainer(tiny_model(), rows(60), save_async=True, save_steps=20, save_strategy="steps")
     assert train(run, run.cfg).complete
-    assert tried[0] == "checkpoint-20" and len(tried) >= 4
+    assert tried[0] == "checkpoint-20" and len(tried) >= 3
     assert run.save_failures == 0 and not list(run.parts.output_dir.glob(".tmp*"))
     said = capsys.readouterr().err.replace("\n", " ")
     assert "The checkpoint of step 20 could not be saved: No space left on device" in said

@@ -257,7 +257,8 @@ def read_state(folder: Path) -> RunState | None:
     fields = dataclasses.fields(RunState)
     if not {f.name for f in fields if f.default is dataclasses.MISSING} <= set(values):
         return None
-    return RunState(**{f.name: values[f.name] for f in fields if f.name in values})
+    found = {f.name: values[f.name] for f in fields if f.name in values}
+    return RunState(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
 
 
 def write_state(folder: Path, state: RunState) -> None:
