@@ -257,7 +257,7 @@ def read_state(folder: Path) -> RunState | None:
     fields = dataclasses.fields(RunState)
     if not {f.name for f in fields if f.default is dataclasses.MISSING} <= set(values):
         return None
-    found = {f.name: values[f.name] for f in fields if f.name in values}
+    found: dict[str, Any] = {f.name: values[f.name] for f in fields if f.name in values}
     return RunState(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
 
 
