@@ -257,8 +257,10 @@ def read_state(folder: Path) -> RunState | None:
     fields = dataclasses.fields(RunState)
     if not {f.name for f in fields if f.default is dataclasses.MISSING} <= set(values):
         return None
-    found: dict[str, Any] = {f.name: values[f.name] for f in fields if f.name in values}
-    return RunState(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+    found: dict[str, Any] = {}
+    for name in (f.name for f in fields if f.name in values):
+        found[name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
+    return RunState(**found)
 
 
 def write_state(folder: Path, state: RunState) -> None:
