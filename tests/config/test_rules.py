@@ -357,11 +357,12 @@ BROKEN = [
         "conflict",
         "cut_cross_entropy liger_cross_entropy",
     ),
+    ("eight_bit_base_is_for_lora", "lora_fp8_base: true", "conflict", "lora_fp8_base adapter"),
     (
-        "cut_cross_entropy_needs_half_precision",
-        "cut_cross_entropy: true\nbf16: false",
-        "warning",
-        "cut_cross_entropy bf16",
+        "eight_bit_base_is_for_lora",
+        LORA + "\nload_in_8bit: true\nlora_fp8_base: true",
+        "conflict",
+        "lora_fp8_base load_in_8bit",
     ),
     (
         "chunks_need_chunking",

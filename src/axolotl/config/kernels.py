@@ -15,40 +15,44 @@ class KernelsSection(Section):
 
     title: ClassVar[str] = "Kernels and losses"
 
-    lora_mlp_kernel: bool | None = idle(KERNELS)
-    """Fused LoRA in the feed-forward layers."""
-    lora_qkv_kernel: bool | None = idle(KERNELS)
-    """Fused LoRA in the query, key and value projections."""
-    lora_o_kernel: bool | None = idle(KERNELS)
-    """Fused LoRA in the attention's output projection."""
+    fused_kernels: bool = False
+    """Ask for every kernel of ours that fits: norms, rotary embedding, gated activations, LoRA and the loss."""
+    lora_fp8_base: bool = False
+    """Hold the frozen weights under LoRA in 8-bit floats and multiply in them (experimental; needs a Hopper GPU)."""
+    lora_mlp_kernel: bool | None = None
+    """LoRA of a feed-forward layer in one pass that keeps less for the backward pass."""
+    lora_qkv_kernel: bool | None = None
+    """LoRA of query, key and value in one matrix product."""
+    lora_o_kernel: bool | None = None
+    """LoRA of the attention's output projection in one matrix product."""
     lora_embedding_kernel: bool | None = idle(KERNELS)
     """Fused LoRA in the embeddings."""
     use_kernels: bool | None = idle(KERNELS)
     """Take kernels from the Hub where the model has some."""
-    liger_rope: bool | None = idle(KERNELS)
+    liger_rope: bool | None = None
     """Fused rotary embedding."""
-    liger_rms_norm: bool | None = idle(KERNELS)
+    liger_rms_norm: bool | None = None
     """Fused RMS norm."""
     liger_rms_norm_gated: bool | None = idle(KERNELS)
     """Fused gated RMS norm."""
     liger_layer_norm: bool | None = idle(KERNELS)
     """Fused layer norm."""
-    liger_glu_activation: bool | None = idle(KERNELS)
+    liger_glu_activation: bool | None = None
     """Fused gated activation of the feed-forward layers."""
-    liger_cross_entropy: bool | None = idle(KERNELS)
-    """Fused cross entropy over whole logits."""
-    liger_fused_linear_cross_entropy: bool | None = idle(KERNELS)
+    liger_cross_entropy: bool | None = None
+    """Output head and cross entropy in one, as liger_fused_linear_cross_entropy."""
+    liger_fused_linear_cross_entropy: bool | None = None
     """Output head and cross entropy in one, without whole logits."""
     liger_use_token_scaling: bool | None = later("losses weighted by token")
     """Weigh each token's loss by its probability."""
-    cut_cross_entropy: bool | None = idle(KERNELS)
+    cut_cross_entropy: bool | None = None
     """Cross entropy that never holds whole logits (Cut Cross-Entropy)."""
-    chunked_cross_entropy: bool | None = idle(KERNELS)
-    """Cross entropy in pieces, which needs less memory."""
-    chunked_cross_entropy_num_chunks: PositiveInt | None = idle(KERNELS)
+    chunked_cross_entropy: bool | None = None
+    """Output head and cross entropy in one, in pieces of the tokens."""
+    chunked_cross_entropy_num_chunks: PositiveInt | None = None
     """Number of these pieces."""
-    flash_attn_cross_entropy: bool | None = idle(KERNELS)
-    """Cross entropy of the flash-attention package."""
+    flash_attn_cross_entropy: bool | None = None
+    """Output head and cross entropy in one, as cut_cross_entropy."""
     flash_attn_fuse_mlp: bool | None = idle(KERNELS)
     """Fuse the feed-forward layers, as old versions of flash-attention did."""
     use_eaft: bool = later("entropy-aware losses", False)

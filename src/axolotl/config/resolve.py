@@ -133,9 +133,23 @@ def _losses(cfg: Config, hardware: Hardware) -> list[Resolution]:
         kernels.liger_cross_entropy,
         kernels.liger_fused_linear_cross_entropy,
     )
-    if kernels.cut_cross_entropy is None and has_plugin(cfg, "cut_cross_entropy") and not any(others):
-        return [Resolution("cut_cross_entropy", True, "its plugin is listed")]
+    if kernels.cut_cross_entropy is None and not any(others):
+        if has_plugin(cfg, "cut_cross_entropy"):
+            return [Resolution("cut_cross_entropy", True, "its plugin is listed")]
+        if kernels.fused_kernels:
+            return [Resolution("cut_cross_entropy", True, "`fused_kernels` asks for it")]
     return []
+
+
+def _kernels(cfg: Config, hardware: Hardware) -> list[Resolution]:
+    if not cfg.kernels.fused_kernels:
+        return []
+    wanted = ["liger_rms_norm", "liger_rope", "liger_glu_activation"]
+    if cfg.adapter.adapter in ("lora", "qlora") and not (
+        cfg.model.load_in_8bit or cfg.model.trust_remote_code
+    ):
+        wanted += ["lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"]
+    return [Resolution(k, True, "`fused_kernels` asks for it") for k in wanted if cfg.get(k) is None]
 
 
 def _tracking(cfg: Config, hardware: Hardware) -> list[Resolution]:
@@ -177,6 +191,7 @@ _STEPS: tuple[Callable[[Config, Hardware], list[Resolution]], ...] = (
     _data,
     _memory,
     _losses,
+    _kernels,
     _tracking,
     _distributed,
 )

@@ -24,6 +24,8 @@ from axolotl.distributed.world import world
 from axolotl.errors import ModelError, Problem
 from axolotl.methods.registry import Method, method_of
 from axolotl.model.attention import AttentionChoice, choose_attention, set_attention
+from axolotl.model.patch import Bench, apply_kernels
+from axolotl.model.replace import Replacements
 from axolotl.registry import require_extra
 from axolotl.train.anomalies import SpikeWatch
 from axolotl.train.arguments import build_arguments
@@ -143,6 +145,7 @@ def build_trainer(
         arguments.eval_on_start = True
     tracked, arguments.report_to = list(arguments.report_to or []), []
     _ready_for_training(inner, cfg)
+    parts.replaced = _fused(inner, cfg)
     trainer = _trainer_class(method)(
         model=model,
         args=arguments,
@@ -239,6 +242,31 @@ def _ready_for_training(model: PreTrainedModel, cfg: Config) -> None:
     ):
         # Reentrant checkpoints only carry gradients to layers whose input has one; frozen embeddings give none.
         model.enable_input_require_grads()
+
+
+def _fused(model: PreTrainedModel, cfg: Config) -> Replacements:
+    """Gives the model the kernels that the config asks for."""
+    distributed = cfg.distributed
+    shards = distributed.fsdp_config or distributed.deepspeed or (distributed.tensor_parallel_size or 1) > 1
+    why = (
+        "the weights are sharded"
+        if shards
+        else "torch.compile is on"
+        if cfg.train.torch_compile is True
+        else ""
+    )
+    first = next(model.parameters())
+    dtype = torch.bfloat16 if cfg.model.bf16 in (True, "full") or cfg.model.bfloat16 else torch.float32
+    bench = Bench(
+        model,
+        cfg.kernels,
+        first.device,
+        torch.float16 if cfg.model.fp16 or cfg.model.float16 else dtype,
+        cfg.data.sequence_len * cfg.train.micro_batch_size,
+        why,
+        cfg.output.strict,
+    )
+    return apply_kernels(bench)
 
 
 def _probe(

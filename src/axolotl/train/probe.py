@@ -22,7 +22,7 @@ def documents_stay_apart(model: PreTrainedModel, attention: AttentionChoice, dev
     """Whether changing one document of a packed row leaves the outputs of the next one as they were."""
     rows = _documents(model)
     changed = [(ids[::-1].copy(), labels[::-1].copy()) for ids, labels in rows[:1]] + rows[1:]
-    before, after = (_run(model, _batch(each, attention), device).logits[0] for each in (rows, changed))
+    before, after = (_run(model, _unlabelled(each, attention), device).logits[0] for each in (rows, changed))
     start, stop = LENGTHS[0], sum(LENGTHS)
     own = (before[:start] - after[:start]).abs().max()
     leaked = (before[start:stop] - after[start:stop]).abs().max()
@@ -52,6 +52,11 @@ def _batch(rows: list[tuple[np.ndarray, np.ndarray]], attention: AttentionChoice
     batch = PackedCollator(0, attention.joined)([rows])
     batch.pop("token_counts")
     return batch
+
+
+def _unlabelled(rows: list[tuple[np.ndarray, np.ndarray]], attention: AttentionChoice) -> Batch:
+    # With labels, a model with a fused loss makes no logits.
+    return {k: v for k, v in _batch(rows, attention).items() if k != "labels"}
 
 
 def _run(model: PreTrainedModel, batch: Batch, device: torch.device) -> Any:

@@ -29,6 +29,7 @@ from axolotl.data.packing import Volume
 from axolotl.data.types import IGNORE_INDEX
 from axolotl.distributed.world import peak_memory_bytes, world
 from axolotl.errors import AxolotlError, DataError
+from axolotl.model.replace import Replacements
 from axolotl.optim.build import build_optimizer, build_schedule
 from axolotl.train.anomalies import SpikeWatch
 from axolotl.train.batches import BatchSource, EpochBatches
@@ -68,6 +69,8 @@ class Parts:
     """Number type that the model computes in, where it is not that of its weights."""
     offload: bool = False
     """Keep what the backward pass needs in CPU memory."""
+    replaced: Replacements = field(default_factory=Replacements)
+    """What kernels have replaced in the model."""
     interrupted: Callable[[], bool] = field(default=lambda: False)
     """True once the run was asked to end."""
     asked: dict[str, Any] = field(default_factory=dict)

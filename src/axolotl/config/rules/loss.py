@@ -98,24 +98,6 @@ def one_cross_entropy(cfg: Config) -> Iterator[Problem]:
         )
 
 
-@rule("cut_cross_entropy", "bf16", "fp16")
-def cut_cross_entropy_needs_half_precision(cfg: Config) -> Iterator[Problem]:
-    """Its kernel computes in 16 bits."""
-    model = cfg.model
-    if (
-        cfg.kernels.cut_cross_entropy
-        and model.bf16 is False
-        and not (model.fp16 or model.bfloat16 or model.float16)
-    ):
-        yield warning(
-            "`cut_cross_entropy` computes in 16 bits, but `bf16` is false and `fp16` is not set: the plain "
-            "loss is used.",
-            "Set `bf16: auto`.",
-            "cut_cross_entropy",
-            "bf16",
-        )
-
-
 @rule("chunked_cross_entropy_num_chunks", "chunked_cross_entropy")
 def chunks_need_chunking(cfg: Config) -> Iterator[Problem]:
     """Their number does nothing by itself."""
@@ -125,6 +107,22 @@ def chunks_need_chunking(cfg: Config) -> Iterator[Problem]:
             "Set `chunked_cross_entropy: true`.",
             "chunked_cross_entropy_num_chunks",
         )
+
+
+@rule("lora_fp8_base", "adapter", "load_in_4bit", "load_in_8bit", "fsdp_config", "deepspeed")
+def eight_bit_base_is_for_lora(cfg: Config) -> Iterator[Problem]:
+    """Only frozen 16-bit weights on one process can be held in 8-bit floats."""
+    if not cfg.kernels.lora_fp8_base:
+        return
+    for other, on, why in (
+        ("adapter", cfg.adapter.adapter != "lora", "needs `adapter: lora`"),
+        ("load_in_4bit", cfg.model.load_in_4bit, "and `load_in_4bit` both say how the weights are held"),
+        ("load_in_8bit", cfg.model.load_in_8bit, "and `load_in_8bit` both say how the weights are held"),
+        ("fsdp_config", cfg.distributed.fsdp_config is not None, "does not work with FSDP"),
+        ("deepspeed", bool(cfg.distributed.deepspeed), "does not work with DeepSpeed"),
+    ):
+        if on:
+            yield conflict(f"`lora_fp8_base` {why}.", "Keep one of them.", "lora_fp8_base", other)
 
 
 @rule("tiled_mlp", "liger_glu_activation", "tiled_mlp_use_original_mlp")
