@@ -67,9 +67,10 @@ def twin_of(parts):
 def test_linears(T, K, sizes, folded, bias, strided, seed):
     parts = layers(K, sizes, [1 + i * 2 for i in range(len(sizes))], seed, bias)
     group = group_of(parts, folded)
+    torch.manual_seed(seed)
     x = torch.randn(T, K * 2)[:, ::2] if strided else torch.randn(T, K)
     op = lambda x, *low: lora_linears(x, group)  # noqa: E731
-    assert_like_twin(op, twin_of(parts), [x.requires_grad_(), *group.parameters], 3e-6)
+    assert_like_twin(op, twin_of(parts), [x.requires_grad_(), *group.parameters], 2e-5)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)

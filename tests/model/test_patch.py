@@ -293,7 +293,7 @@ def test_lora_kernels_on_4_bit_weights(kernels_run, nested, tmp_path):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(0, 0.1)
-        models.append(model)
+        models.append(model.train())
     plain, ours = models
     made = apply_kernels(bench(ours, **LORA))
     assert made.counts["LoRA feed-forward layer"] == made.counts["LoRA query, key and value"] == 2

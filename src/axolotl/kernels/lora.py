@@ -24,7 +24,7 @@ class LoraGroup:
     """Adapted linear layers that share their input: frozen weights, adapters and scalings.
 
     `a[i]` [R_i,K] and `b[i]` [N_i,R_i] are trained; `biases[i]` [N_i] is frozen, or None. Copies of a and b in the type
-    of the products are made again only when the optimizer has changed them.
+    of the products are made once per pass of the model, as `begin_pass` tells.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class LoraGroup:
         self.columns = _spans([each.shape[0] for each in b])
         self.ranks = _spans([each.shape[0] for each in a])
         self.N, self.R = self.columns[-1][1], self.ranks[-1][1]
+        self._passes = 0
         self._made: tuple[Any, ...] = ()
         self._low: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -50,7 +51,7 @@ class LoraGroup:
 
     def low(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A [R,K] of all layers, and s B [N,R] with each layer's block in its place, in this type."""
-        made = (dtype, *((p.data_ptr(), p._version) for p in self.parameters))
+        made = (dtype, self._passes, *((p.data_ptr(), p._version) for p in self.parameters))
         if made != self._made or self._low is None:
             with torch.no_grad():
                 a = torch.cat([p.detach().to(dtype) for p in self.a])
@@ -65,6 +66,10 @@ class LoraGroup:
                     b[n0:n1, r0:r1] = p.detach() * s
             self._made, self._low = made, (a, b)
         return self._low
+
+    def begin_pass(self) -> None:
+        """A pass of the model begins: the weights may have changed, which fused optimizers do without a trace."""
+        self._passes += 1
 
     def forget(self) -> None:
         """Drops the copies; they are made again when they are needed."""

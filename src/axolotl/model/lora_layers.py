@@ -79,6 +79,11 @@ class Group:
         )
         self._places = [w.data_ptr() for w in self.weights]
 
+    def begin_with(self, decoder: nn.Module, made: Replacements) -> None:
+        """Has every pass of this module begin a pass of the group."""
+        hook = decoder.register_forward_pre_hook(lambda *_: self.lora.begin_pass())
+        made.undoing(hook.remove)
+
     def _release(self) -> None:
         # The copy of B may be a part of the weights' buffer, and would keep all of it.
         self.lora.forget()

@@ -100,6 +100,8 @@ def apply_kernels(bench: Bench) -> Replacements:
 
     Raises ModelError with `strict` where a kernel deviates, EnvironmentProblem where the GPU lacks what a key needs.
     """
+    # Training is what comes; 4-bit layers change their weights' layout when they evaluate on a CPU.
+    bench.model.train()
     for patch in PATCHES:
         if any(getattr(bench.kernels, key) for key in patch.keys):
             patch.apply(bench)
@@ -268,7 +270,14 @@ def _groups(bench: Bench, what: str, *sets: list[nn.Module]) -> list[Group] | No
         if why:
             bench.tell(f"{what} keeps PEFT's own code in some layers: {why}.")
             return None
-    return [Group(layers, bench.made, fold=True) for layers in sets]
+    return [_group(bench, layers, fold=True) for layers in sets]
+
+
+def _group(bench: Bench, layers: list[nn.Module], *, fold: bool) -> Group:
+    group = Group(layers, bench.made, fold=fold)
+    # Not the model itself: PEFT calls its forward without its hooks.
+    group.begin_with(bench.model.base_model, bench.made)
+    return group
 
 
 def _lora_mlp(bench: Bench) -> None:
@@ -317,7 +326,7 @@ def _eight_bit(bench: Bench) -> None:
         if type(base) is nn.Linear and not misfit(module) and not base.weight.requires_grad:
             hold_in_eight_bits(base, bench.made)
             # What no other kernel takes later multiplies in 8 bits too.
-            fuse_linears(Group([module], bench.made, fold=False), bench.made, "LoRA on 8-bit weights")
+            fuse_linears(_group(bench, [module], fold=False), bench.made, "LoRA on 8-bit weights")
 
 
 PATCHES: tuple[Patch, ...] = (
