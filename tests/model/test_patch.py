@@ -13,7 +13,7 @@ from axolotl.errors import ModelError
 from axolotl.kernels.triton_language import installed
 from axolotl.model import patch
 from axolotl.model.patch import Bench, apply_kernels
-from model.families import CONFIGS, batch, build
+from model.families import CONFIGS, SIZES, batch, build
 
 LOSS = {"cut_cross_entropy": True}
 LORA = {"lora_mlp_kernel": True, "lora_qkv_kernel": True, "lora_o_kernel": True}
@@ -276,9 +276,11 @@ def test_eight_bit_weights_without_the_other_kernels():
 @pytest.mark.parametrize("nested", [False, True])
 def test_lora_kernels_on_4_bit_weights(kernels_run, nested, tmp_path):
     import peft
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-    build("llama").save_pretrained(tmp_path)
+    # bitsandbytes' CPU code reads the wrong scales where a row is shorter than a block of 64.
+    sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 128}
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).save_pretrained(tmp_path)
     models = []
     for _ in range(2):
         held = BitsAndBytesConfig(
