@@ -168,7 +168,7 @@ class TrainSection(Section):
     """Generate answers in the evaluation and score them."""
     eval_causal_lm_metrics: list[Text] | None = later("evaluation by generation")
     """Scores of these answers."""
-    eval_table_size: NonNegativeInt | None = idle("generated answers are not logged yet")
+    eval_table_size: NonNegativeInt | None = idle("`generate_samples` logs answers")
     """Generated answers that are logged as a table."""
     do_bench_eval: bool = later("benchmarks in training", False)
     """Answer multiple-choice questions in the evaluation."""
@@ -176,21 +176,21 @@ class TrainSection(Section):
     """Dataset of these questions."""
     bench_split: Text | None = later("benchmarks in training")
     """Its split."""
-    generate_samples: bool = later("samples in training", False)
-    """Write generated samples while training."""
-    num_generation_samples: PositiveInt = later("samples in training", 3)
+    generate_samples: bool = False
+    """Answer a few rows of the evaluation data at each evaluation, and log the answers."""
+    num_generation_samples: PositiveInt = 3
     """Samples to generate."""
-    generation_max_new_tokens: PositiveInt = later("samples in training", 50)
+    generation_max_new_tokens: PositiveInt = 50
     """Longest sample, in tokens."""
-    generation_temperature: NonNegativeFloat = later("samples in training", 0.7)
+    generation_temperature: NonNegativeFloat = 0.7
     """Randomness of the samples."""
-    generation_top_p: Fraction | None = later("samples in training")
+    generation_top_p: Fraction | None = None
     """Draw from the likeliest tokens that hold this share of probability."""
-    generation_top_k: NonNegativeInt | None = later("samples in training")
+    generation_top_k: NonNegativeInt | None = None
     """Draw from this many of the likeliest tokens."""
-    generation_prompt_ratio: Fraction = later("samples in training", 0.5)
-    """Share of a row that is given as prompt."""
-    generation_do_sample: bool = later("samples in training", True)
+    generation_prompt_ratio: Fraction = 0.5
+    """Share of a row that is given as prompt, where it has no masked beginning."""
+    generation_do_sample: bool = True
     """Draw tokens at random instead of taking the likeliest."""
     early_stopping_patience: Annotated[PositiveInt | None, ZERO_IS_OFF] = None
     """Evaluations without improvement after which training ends."""

@@ -100,6 +100,7 @@ def render_run_report(output_dir: Path) -> str:
         ),
         evals=evals,
         eval_columns=_columns(evals),
+        samples=_last_samples(lines),
         curves=_curves(train, evals),
         spent=_spent(lines),
         config=[(key, _text(value), origins.get(key, "")) for key, value in asked.items()],
@@ -149,6 +150,12 @@ def _spent(lines: list[dict[str, Any]], width: int = 420) -> list[Share]:
     if not whole:
         return []
     return [Share(name, s, s / whole, width * s / most) for name, s in seconds.items()]
+
+
+def _last_samples(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Generated answers of the last evaluation."""
+    samples = [line for line in lines if line["kind"] == "sample"]
+    return [line for line in samples if line["step"] == samples[-1]["step"]]
 
 
 def _state(run: dict[str, Any], train: list[dict[str, Any]]) -> str:

@@ -45,6 +45,7 @@ from axolotl.train.checkpoint import RUN, differences, read_json, read_state
 from axolotl.train.probe import documents_stay_apart, loss_takes_tokens
 from axolotl.train.progress import ProgressLine, RunLog
 from axolotl.train.record import asked, describe
+from axolotl.train.samples import Samples
 from axolotl.train.saving import SaveCare
 from axolotl.train.steps import StepCheck
 from axolotl.train.streamed import StreamSource, stream_batches
@@ -177,6 +178,7 @@ def build_trainer(
         CheckpointOnRequest(cfg.train, output_dir),
         run_log,
         ProgressLine(volume.total_steps),
+        Samples(trainer, cfg.train, run_log),
         LossWatch(cfg.train, numbers=not trainer.checks_steps),
         EarlyStopping(cfg.train),
         CollectGarbage(cfg.train),

@@ -1,7 +1,7 @@
 """What a run tells while it goes on: one live line for a person, and run.jsonl for programs.
 
 run.jsonl has one JSON object per line; a resumed run cuts it back to the step it continues from. Every line has
-`kind` (train, eval, event or end), `step` (counted from 1; 0 before the first), `epoch` and `time` (seconds since 1970).
+`kind` (train, eval, event, sample or end), `step` (counted from 1; 0 before the first), `epoch` and `time` (seconds since 1970).
 
 train   loss (mean over trained tokens), ppl, grad_norm (before clipping), learning_rate, tokens (seen so far, without
         padding), trained_tokens, tokens_per_second (without padding, all ranks, evaluation and saving not counted),
@@ -9,6 +9,7 @@ train   loss (mean over trained tokens), ppl, grad_norm (before clipping), learn
         line before, as this process saw them (a GPU works on behind its back)
 eval    eval_loss (mean over all trained tokens of the set), eval_ppl, eval_runtime, ...
 event   message: a warning, such as of a save that failed or a step that was left out
+sample  row (of the evaluation data), prompt, answer, expected: with `generate_samples`
 end     train_runtime (seconds), train_loss (mean of this process's steps), ...
 A number that is not finite is written as null.
 """
@@ -69,6 +70,10 @@ class RunLog(TrainerCallback):
     def event(self, step: int, epoch: float | None, message: str) -> None:
         """A line of kind `event`."""
         self._add({"kind": "event", "step": step, "epoch": epoch, "message": message})
+
+    def sample(self, step: int, epoch: float | None, values: dict[str, Any]) -> None:
+        """A line of kind `sample`."""
+        self._add({"kind": "sample", "step": step, "epoch": epoch, **values})
 
     def _add(self, line: dict[str, Any]) -> None:
         if not self.open:

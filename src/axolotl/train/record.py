@@ -50,7 +50,9 @@ _WITHOUT_EFFECT = (
     "output_dir logging_steps save_strategy save_steps saves_per_epoch save_total_limit save_first_step save_async eval_strategy "
     "eval_steps evals_per_epoch dataset_prepared_path dataset_num_proc dataset_processes dataloader_num_workers "
     "dataloader_pin_memory dataloader_prefetch_factor max_time hang_timeout on_oom spike_threshold spike_patience "
-    "loss_watchdog_threshold loss_watchdog_patience merge_lora gc_collect_steps "
+    "loss_watchdog_threshold loss_watchdog_patience merge_lora gc_collect_steps generate_samples "
+    "num_generation_samples generation_max_new_tokens generation_temperature generation_top_p generation_top_k "
+    "generation_prompt_ratio generation_do_sample "
     "profiler_steps profiler_steps_start dynamic_checkpoint torch_empty_cache_steps"
 )
 WITHOUT_EFFECT = frozenset(_WITHOUT_EFFECT.split())

@@ -338,3 +338,27 @@ def the_watchdog_needs_a_threshold(cfg: Config) -> Iterator[Problem]:
             "Add `loss_watchdog_threshold`.",
             "loss_watchdog_patience",
         )
+
+
+@rule("generate_samples", verbs=_TRAINS)
+def samples_come_with_evaluations(cfg: Config) -> Iterator[Problem]:
+    """Answers are generated at each evaluation, from rows of the evaluation data."""
+    never = cfg.train.eval_strategy == "no" or cfg.train.evals_per_epoch == 0
+    if cfg.train.generate_samples and (never or not _evaluates(cfg)):
+        yield conflict(
+            "`generate_samples` answers rows of the evaluation data at each evaluation, and there is none.",
+            "Set `val_set_size` or `test_datasets`, or delete it.",
+            "generate_samples",
+        )
+
+
+@rule("save_async", "deepspeed", "fsdp_config", "fsdp")
+def sharded_states_save_themselves(cfg: Config) -> Iterator[Problem]:
+    """DeepSpeed and FSDP write their own shards, all ranks together."""
+    if cfg.train.save_async and (cfg.distributed.deepspeed or cfg.distributed.fsdp_config):
+        yield conflict(
+            "`save_async` with a sharded model is not available yet.",
+            "Delete it: every save is then waited for.",
+            "save_async",
+            kind="unavailable",
+        )
