@@ -1,4 +1,4 @@
-"""50 kills at random moments, half of them inside a save, and faults of disk and files; what was lost, as JSON.
+"""50 kills at random moments, half of them inside a save, and faults of disk, files, clock and tracker; what was lost.
 
 usage: python benchmarks/faults/run.py [kills] [seed]      limit: every run survives, no byte of a result is lost
 
@@ -121,11 +121,26 @@ def jumps(bench: Bench, draw: random.Random, count: int) -> dict[str, int]:
     return found
 
 
+def silences(bench: Bench, draw: random.Random, count: int) -> dict[str, int]:
+    """Trackers whose server takes the connection and never answers."""
+    found = {"injected": 0, "survived": 0, "runs": 0, "bytes_lost": 0, "figures_lost": 0}
+    for i in range(count):
+        out = f"tracker-{i}"
+        fresh(bench, out)
+        bench.keys[out] = {"use_tensorboard": True, "tracker_timeout": 1}
+        bench.run(out, {"kind": "tracker", "at": draw.randint(1, 40)}, timeout=60)
+        if MARK not in bench.said(out):
+            raise SystemExit(f"{out}: the fault was not met")
+        found["injected"] += 1
+        finish(bench, out, 1, found)
+    return found
+
+
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 50
     seed = int(sys.argv[2]) if len(sys.argv) > 2 else random.SystemRandom().randrange(10**6)
     draw, began = random.Random(seed), time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         warm = Warm()
         bench = Bench(Path(folder), warm)
         bench.reference()
@@ -135,6 +150,7 @@ def main() -> None:
             "SIGINT": kills(bench, draw, max(count // 8, 1), signal.SIGINT),
             "damaged_files": damages(bench, draw, max(count // 8, 1)),
             "refusing_disk": refusals(bench, draw, max(count // 6, 1)),
+            "hanging_tracker": silences(bench, draw, max(count // 8, 1)),
             "jumping_clock": jumps(bench, draw, max(count // 8, 1)),
         }
         warm.close()

@@ -208,6 +208,13 @@ BROKEN = [
         "conflict",
         "evals_per_epoch eval_strategy",
     ),
+    ("samples_come_with_evaluations", "generate_samples: true", "conflict", "generate_samples"),
+    (
+        "sharded_states_save_themselves",
+        "save_async: true\nfsdp_version: 2\nfsdp_config:\n  reshard_after_forward: true",
+        "unavailable",
+        "save_async",
+    ),
     ("one_rhythm_of_saving", "save_steps: 2\nsaves_per_epoch: 2", "conflict", "saves_per_epoch save_steps"),
     ("one_rhythm_of_saving", "save_steps: 2\nsave_strategy: epoch", "conflict", "save_steps save_strategy"),
     (

@@ -7,6 +7,7 @@ short                write takes only a part of what it is given
 fsize                no file may grow beyond `bytes`; enforced by the kernel, so it meets native code as well
 oom                  the forward pass of the `at`-th batches runs out of memory
 nan                  the loss of these batches is no number
+tracker              from the `at`-th line on, the tracker's server takes the connection and never answers
 clock                the time of day leaps, by up to twenty years forwards or backwards, at these calls of time.time
 """
 
@@ -18,6 +19,7 @@ import io
 import os
 import random
 import resource
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +54,8 @@ def install(fault: dict[str, Any]) -> None:
         _compute(kind, Counter(at, times))
     elif kind == "clock":
         _clock(Counter(at, times), random.Random(fault.get("seed", 0)))
+    elif kind == "tracker":
+        _tracker(Counter(at, times))
     elif kind == "short":
         _short(os.path.abspath(fault["under"]), Counter(at, times))
     else:
@@ -112,6 +116,19 @@ def _clock(counter: Counter, draw: random.Random) -> None:
 
     time.time_ns = time_ns
     time.time = lambda: time_ns() / 1e9
+
+
+def _tracker(counter: Counter) -> None:
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    server, plain = socket.create_server(("127.0.0.1", 0)), TensorBoardCallback.on_log
+
+    def on_log(self: Any, *args: Any, **kwargs: Any) -> None:
+        if counter.hit():
+            socket.create_connection(server.getsockname()).recv(1)
+        plain(self, *args, **kwargs)
+
+    TensorBoardCallback.on_log = on_log
 
 
 def _compute(kind: str, counter: Counter) -> None:

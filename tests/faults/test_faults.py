@@ -217,6 +217,20 @@ def test_a_clock_that_jumps(bench: Bench, draw: random.Random) -> None:
 
 
 @slow
+def test_a_tracker_whose_server_hangs(bench: Bench, draw: random.Random) -> None:
+    for i in range(FAULTS):
+        out = f"tracker-{i}"
+        fresh(bench, out)
+        bench.keys[out] = {"use_tensorboard": True, "tracker_timeout": 1}
+        fault = {"kind": "tracker", "at": draw.randint(1, 40), "times": 1}
+        print(fault)
+        assert bench.run(out, fault, timeout=60) == 0, bench.said(out)[-3000:]
+        said = bench.said(out)
+        assert MARK in said and "The tracker tensorboard has not answered" in said
+        assert bench.outcome(out).differences == []
+
+
+@slow
 def test_an_output_dir_that_vanishes(bench: Bench, draw: random.Random) -> None:
     for i in range(FAULTS):
         out = f"vanished-{i}"
