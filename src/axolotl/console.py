@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from axolotl.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_silent = False
 
 
 def is_main_process() -> bool:
@@ -33,7 +38,7 @@ def out(text: str = "", end: str = "\n") -> None:
 
 
 def _say(text: str, style: str) -> None:
-    if is_main_process():
+    if is_main_process() and not _silent:
         stderr().print(text, style=style, markup=False)
 
 
@@ -46,6 +51,17 @@ def detail(text: str) -> None:
     """Something for whoever asked to hear everything (`AXOLOTL_VERBOSE=1`)."""
     if os.environ.get("AXOLOTL_VERBOSE"):
         _say(text, "dim")
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Says nothing to the user inside: for work whose course is nobody's news."""
+    global _silent
+    before, _silent = _silent, True
+    try:
+        yield
+    finally:
+        _silent = before
 
 
 def success(text: str) -> None:
@@ -69,7 +85,8 @@ def show_problem(problem: Problem) -> None:
     word = "warning" if problem.kind == "warning" else "error"
     where = f"{', '.join(map(str, problem.places))}: " if problem.places else ""
     style = "yellow" if problem.kind == "warning" else "red"
-    stderr().print(f"{where}{word}: {problem.message}", style=style, markup=False)
+    code = f" [{problem.shown_code}]" if problem.shown_code else ""
+    stderr().print(f"{where}{word}: {problem.message}{code}", style=style, markup=False)
     if problem.excerpt:
         stderr().print(problem.excerpt, markup=False, style="dim")
     if problem.remedy:

@@ -11,8 +11,9 @@ AxolotlError                  any error that this package raises on purpose
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 Kind = Literal[
@@ -31,6 +32,61 @@ Kind = Literal[
     "checkpoint",
     "environment",
 ]
+
+
+CODES: Mapping[str, str] = MappingProxyType(
+    {
+        "AX1001": "the file is not YAML",
+        "AX1002": "unknown key",
+        "AX1003": "key written twice",
+        "AX1004": "value that the key does not take",
+        "AX1005": "key or argument missing",
+        "AX1006": "keys that contradict each other",
+        "AX1007": "key that is gone",
+        "AX1008": "known, but not available yet",
+        "AX1009": "file or folder",
+        "AX1101": "data that cannot be used",
+        "AX1102": "dataset and `type` do not match",
+        "AX1103": "hardly anything is trained",
+        "AX1201": "model that cannot be used",
+        "AX1202": "weights and adapter of different sizes",
+        "AX1203": "generation does not stop where a turn ends",
+        "AX1204": "the stop token is never trained",
+        "AX1205": "first loss far from what it should be",
+        "AX1206": "the loss does not fall",
+        "AX1207": "the loss jumps",
+        "AX1208": "the loss is no number",
+        "AX1301": "checkpoint",
+        "AX1401": "this machine",
+        "AX1402": "does not fit into the GPU's memory",
+        "AX1403": "the GPU's memory ran out",
+        "AX1404": "optional package missing",
+        "AX1405": "killed for want of memory (exit code -9)",
+        "AX1406": "attention that this machine does not have",
+        "AX1407": "one device, but a config for several",
+        "AX1408": "a run that hangs (NCCL time-outs)",
+        "AX1409": "versions that do not work together",
+    }
+)
+"""Every code that a message can carry, and its title. Codes are stable: docs/troubleshooting.md has an entry for each."""
+
+_CODE_OF_KIND: Mapping[str, str] = MappingProxyType(
+    {
+        "syntax": "AX1001",
+        "unknown_key": "AX1002",
+        "duplicate_key": "AX1003",
+        "invalid_value": "AX1004",
+        "missing": "AX1005",
+        "conflict": "AX1006",
+        "removed": "AX1007",
+        "unavailable": "AX1008",
+        "path": "AX1009",
+        "data": "AX1101",
+        "model": "AX1201",
+        "checkpoint": "AX1301",
+        "environment": "AX1401",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -57,16 +113,24 @@ class Problem:
     places: tuple[Place, ...] = ()
     excerpt: str = field(default="", compare=False)
     """The offending line with a caret below it, where there is one."""
+    code: str = ""
+    """One of `CODES` where a kind is too wide a word for it."""
 
     @property
     def fatal(self) -> bool:
         return self.kind != "warning"
+
+    @property
+    def shown_code(self) -> str:
+        """The code by which docs/troubleshooting.md explains it; empty for most warnings."""
+        return self.code or _CODE_OF_KIND.get(self.kind, "")
 
     def as_dict(self) -> dict[str, object]:
         """The form that `axolotl check --json` prints."""
         place = self.places[0] if self.places else Place("")
         return {
             "kind": self.kind,
+            "code": self.shown_code or None,
             "key": self.keys[0] if self.keys else None,
             "keys": list(self.keys),
             "file": place.file or None,
@@ -95,9 +159,11 @@ class UserError(AxolotlError):
     exit_code = 2
     default_kind: Kind = "invalid_value"
 
-    def __init__(self, problems: Problem | str | Iterable[Problem], remedy: str = "", *places: Place) -> None:
+    def __init__(
+        self, problems: Problem | str | Iterable[Problem], remedy: str = "", *places: Place, code: str = ""
+    ) -> None:
         if isinstance(problems, str):
-            problems = (Problem(problems, remedy, self.default_kind, (), places),)
+            problems = (Problem(problems, remedy, self.default_kind, (), places, code=code),)
         elif isinstance(problems, Problem):
             problems = (problems,)
         self.problems: tuple[Problem, ...] = tuple(problems)

@@ -126,5 +126,6 @@ def require_extra(module: str, extra: str, purpose: str) -> Any:
         raise EnvironmentProblem(
             f"{purpose} needs the package `{module.split('.')[0]}`, which is not installed.",
             f"Install it with: pip install 'axolotl[{extra}]'",
+            code="AX1404",
         )
     return importlib.import_module(module)

@@ -134,9 +134,9 @@ def test_a_killed_preparation_goes_on(
     assert os.WTERMSIG(in_child(dying)) == signal.SIGKILL
     assert not [state for state in finished(tmp_path / "p") if moment != "revealing"]
     read = []
-    batches = preparing_module._chunks
+    batches = preparing_module.chunks
     monkeypatch.setattr(
-        preparing_module, "_chunks", lambda source, start: read.append(start) or batches(source, start)
+        preparing_module, "chunks", lambda source, start: read.append(start) or batches(source, start)
     )
     prepared = prepare(data, tokenizer, workers=1)
     assert content(prepared.root) == content(undisturbed.root)
@@ -354,7 +354,7 @@ def test_few_results_wait_in_memory(tokenizer: Any, tmp_path: Path, monkeypatch:
     path = write_rows(tmp_path / "a.jsonl", alpaca(800))
     ahead = 0
     given = taken = 0
-    batches, add = preparing_module._chunks, shards.PartWriter.add
+    batches, add = preparing_module.chunks, shards.PartWriter.add
 
     def counted(source: Any, start: int) -> Iterator[Any]:
         nonlocal given
@@ -368,7 +368,7 @@ def test_few_results_wait_in_memory(tokenizer: Any, tmp_path: Path, monkeypatch:
         taken += 1
         add(self, rows)
 
-    monkeypatch.setattr(preparing_module, "_chunks", counted)
+    monkeypatch.setattr(preparing_module, "chunks", counted)
     monkeypatch.setattr(shards.PartWriter, "add", adding)
     prepare(section(path, folder=tmp_path / "p"), tokenizer, workers=2)
     assert taken == 100

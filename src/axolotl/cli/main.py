@@ -315,6 +315,36 @@ def check(ctx: click.Context, args: tuple[str, ...], config_only: bool, as_json:
     ctx.exit(report_check(find, as_json=as_json))
 
 
+@cli.command(context_settings=PASS_ON)
+@click.option(
+    "--gpu", metavar="NAME", help="For this GPU (h200, h100, a100, 4090, ...) instead of the one here."
+)
+@click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="For so many of them.")
+@click.option("--fit", is_flag=True, help="Also look for faster settings where memory is left.")
+@click.option("--write", is_flag=True, help="Put the first proposal into the config file.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@takes_config
+@click.pass_context
+def plan(ctx: click.Context, args: tuple[str, ...], **options: Any) -> None:
+    """What a run will need and take: memory, steps, time; and what would make it fit."""
+    cfg = _load(args, "plan")
+    from axolotl.run import plan as verb
+
+    ctx.exit(0 if verb.plan(cfg, **options).fits else verb.DOES_NOT_FIT)
+
+
+@cli.command(context_settings=PASS_ON)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@takes_config
+@click.pass_context
+def doctor(ctx: click.Context, args: tuple[str, ...], as_json: bool) -> None:
+    """Look at this machine; with a config also at its rows, masks, and where generation will stop."""
+    cfg = _load(args, "doctor") if args else None
+    from axolotl.run import doctor as verb
+
+    ctx.exit(verb.doctor(cfg, as_json=as_json))
+
+
 @cli.command()
 @click.argument("output_dir", type=click.Path(path_type=Path))
 @click.option(

@@ -109,10 +109,12 @@ class Config:
         place = self.place(key)
         return Origin("override" if place.line is None else "file", place)
 
-    def problem(self, message: str, remedy: str, *keys: str, kind: Any = "invalid_value") -> Problem:
+    def problem(
+        self, message: str, remedy: str, *keys: str, kind: Any = "invalid_value", code: str = ""
+    ) -> Problem:
         """A Problem with the places of these keys; for checks that need more than the config."""
         places = tuple(self.place(k) for k in keys if self._spot(k))
-        return Problem(message, remedy, kind, keys, places, self.excerpt(places[0]) if places else "")
+        return Problem(message, remedy, kind, keys, places, self.excerpt(places[0]) if places else "", code)
 
     def with_values(self, values: Mapping[str, Any], reasons: Mapping[str, str]) -> Config:
         """A copy with other values, each with the reason for it. The values are not validated again."""

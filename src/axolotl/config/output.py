@@ -33,4 +33,4 @@ class OutputSection(Section):
     gradio_temperature: NonNegativeFloat = 0.7
     """Randomness of the answers on the page."""
     strict: bool = False
-    """Kept for old files: unknown keys are always an error here."""
+    """Refuse what would otherwise be replaced with a word in the log, such as an attention that is not installed."""

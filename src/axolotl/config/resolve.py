@@ -77,11 +77,14 @@ def _seed(cfg: Config, hardware: Hardware) -> list[Resolution]:
 
 def _batch(cfg: Config, hardware: Hardware) -> list[Resolution]:
     train, found = cfg.train, []
+    if train.micro_batch_size == "auto":
+        found.append(Resolution("micro_batch_size", 1, "`auto` is worked out where training begins"))
+    micro = 1 if train.micro_batch_size == "auto" else train.micro_batch_size
     if train.batch_size is not None and not cfg.is_set("gradient_accumulation_steps"):
-        steps = max(1, train.batch_size // train.micro_batch_size)
+        steps = max(1, train.batch_size // micro)
         found.append(Resolution("gradient_accumulation_steps", steps, "batch_size / micro_batch_size"))
     if train.eval_batch_size is None:
-        found.append(Resolution("eval_batch_size", train.micro_batch_size, "follows micro_batch_size"))
+        found.append(Resolution("eval_batch_size", micro, "follows micro_batch_size"))
     if train.dataloader_num_workers is None:
         found.append(Resolution("dataloader_num_workers", 0, "the data is tokenised already"))
     return found
@@ -115,6 +118,8 @@ def _data(cfg: Config, hardware: Hardware) -> list[Resolution]:
 
 def _memory(cfg: Config, hardware: Hardware) -> list[Resolution]:
     train = cfg.train
+    if train.gradient_checkpointing == "auto":
+        return [Resolution("gradient_checkpointing", False, "`auto` is worked out where training begins")]
     if not train.gradient_checkpointing or train.gradient_checkpointing_kwargs:
         return []
     return [

@@ -90,8 +90,8 @@ class TrainSection(Section):
     title: ClassVar[str] = "Training"
 
     # Batch and epochs
-    micro_batch_size: PositiveInt = 1
-    """Rows in one forward pass on one device."""
+    micro_batch_size: PositiveInt | Literal["auto"] = 1
+    """Rows in one forward pass on one device; `auto`: as many as fit, of batch_size (or gradient_accumulation_steps) rows."""
     gradient_accumulation_steps: PositiveInt = 1
     """Forward passes whose gradients are added up for one step."""
     batch_size: PositiveInt | None = None
@@ -118,8 +118,8 @@ class TrainSection(Section):
     """Options of accelerate, such as how batches are dispatched."""
 
     # Memory and speed
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    gradient_checkpointing: Literal["auto"] | bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time; `auto`: if need be."""
     gradient_checkpointing_kwargs: dict[str, Any] | None = None
     """Options of that, such as use_reentrant."""
     selective_checkpointing: bool | SelectiveCheckpointing = later("selective checkpointing", False)
@@ -238,3 +238,8 @@ class TrainSection(Section):
     """Time without a step after which the stacks of all threads are written down; `false` for never."""
     on_oom: Literal["retry", "fail"] = "retry"
     """When the GPU's memory runs out: halve micro_batch_size and go on from the same step, or end."""
+
+    @property
+    def rows_at_once(self) -> int:
+        """micro_batch_size as a number; 1 where `auto` has not been worked out."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size

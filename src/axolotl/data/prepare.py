@@ -183,7 +183,7 @@ def _prepare_dataset(
         return PartWriter(folder, task.set_name, task.number, len(task.parts), totals.rows, totals.read)
 
     try:
-        for result in engine.map(task.job, _chunks(task.source, already)):
+        for result in engine.map(task.job, chunks(task.source, already)):
             progress.advance(len(result.rows.ledger.row))
             failures += result.failures
             notes.update(result.notes)
@@ -213,7 +213,7 @@ def _prepare_dataset(
     return totals
 
 
-def _chunks(source: Source, start: int) -> Iterator[list[Row]]:
+def chunks(source: Source, start: int) -> Iterator[list[Row]]:
     """The rows of a source after the first `start`, in chunks; row ids as plain tuples, which travel quickly."""
     for batch in source.batches(CHUNK_ROWS, start):
         yield [((row_id.file, row_id.row), row) for row_id, row in batch]

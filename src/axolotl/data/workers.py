@@ -21,12 +21,15 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from multiprocessing.connection import Connection, wait
 
+from axolotl.config.host import ram
 from axolotl.data.formats import formats
 from axolotl.data.work import ChunkResult, ChunkWorker, Job, Row
 from axolotl.errors import EnvironmentProblem, Problem, UserError
 
 _FEW_CHUNKS = 6
 """A dataset of no more chunks is prepared without workers: they would take longer to start."""
+_WORKER_BYTES = 400 * 2**20
+"""Memory of a worker process: libraries, tokenizer, chunks."""
 _AHEAD = 2
 """Chunks that a worker has at a time: one in work, one waiting, so that it is never idle."""
 
@@ -173,6 +176,7 @@ class WorkerPool:
         return EnvironmentProblem(
             f"a process that prepared data was ended {how}{reason}.",
             "What is finished is kept, and the same command goes on from there; `dataset_num_proc: 1` needs less memory.",
+            code="AX1405" if code == -9 else "",
         )
 
     def close(self) -> None:
@@ -186,12 +190,14 @@ class WorkerPool:
 
 
 def worker_count(wanted: int | None) -> int:
-    """How many processes prepare data: as asked for, else one per CPU that this program may use, 16 at most."""
+    """How many processes prepare data: as asked for, else one per CPU that this program may use, 16 at most, and no
+    more than its memory has room for.
+    """
     if wanted:
         return wanted
-    if hasattr(os, "sched_getaffinity"):
-        return min(len(os.sched_getaffinity(0)), 16)
-    return min(os.cpu_count() or 1, 16)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    room = ram().free // _WORKER_BYTES or 1
+    return max(1, min(cpus, 16, room))
 
 
 class Engine:

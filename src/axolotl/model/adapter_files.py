@@ -131,7 +131,9 @@ def check_adapter_fits(
     remedy = f"Set `base_model` to the model it was trained on{f', `{base}`' if base else ''}."
     if wrong:
         raise ModelError(
-            f"The adapter `{folder}` was trained on another base model: {'; '.join(wrong[:3])}.", remedy
+            f"The adapter `{folder}` was trained on another base model: {'; '.join(wrong[:3])}.",
+            remedy,
+            code="AX1202",
         )
     parts = sorted(set(absent))
     convertible = getattr(config, "target_parameters", None) or _is_fused(modules, parts)
@@ -140,6 +142,7 @@ def check_adapter_fits(
             f"The adapter `{folder}` was trained on another base model: it has weights for {len(parts)} layers that "
             f"this one lacks, such as `{parts[0]}`.",
             remedy,
+            code="AX1202",
         )
 
 

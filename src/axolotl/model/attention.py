@@ -86,8 +86,30 @@ def choose_attention(model: ModelSection, packing: bool, hardware: Hardware) -> 
     return AttentionChoice(name, reason, packing and name == PACKED)
 
 
+_PACKAGES = {
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+    "flash_attention_4": "flash_attn.cute",
+    "xformers": "xformers",
+}
+
+
+def missing_backend(asked: str | None, hardware: Hardware) -> str | None:
+    """Why the attention that was asked for by name is not what will run; None where it is."""
+    package = _PACKAGES.get(asked or "")
+    if package is None:
+        return None
+    if hardware.device != "cuda":
+        return "there is no NVIDIA GPU here"
+    try:
+        here = importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        here = False
+    return None if here else f"the package `{package.partition('.')[0]}` is not installed"
+
+
 def _problem(message: str, remedy: str) -> Problem:
-    return Problem(message, remedy, "invalid_value", ("attn_implementation",))
+    return Problem(message, remedy, "invalid_value", ("attn_implementation",), code="AX1406")
 
 
 def packed_attention(

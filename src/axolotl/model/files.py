@@ -6,7 +6,7 @@ import json
 import os
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -259,7 +259,7 @@ def check_base_model(model: ModelSection, place: Place | None = None) -> list[Pr
             read_weight_files(folder)
     except ModelError as error:
         problems += [
-            Problem(p.message, p.remedy, p.kind, p.keys or ("base_model",), (place,) if place else p.places)
+            replace(p, keys=p.keys or ("base_model",), places=(place,) if place else p.places)
             for p in error.problems
         ]
     return problems
@@ -299,7 +299,7 @@ def check_adapter_dir(adapter: AdapterSection, place: Place | None = None) -> li
             ]
     except ModelError as error:
         return [
-            Problem(p.message, p.remedy, p.kind, ("lora_model_dir",), (place,) if place else p.places)
+            replace(p, keys=("lora_model_dir",), places=(place,) if place else p.places)
             for p in error.problems
         ]
     return []

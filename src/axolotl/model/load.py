@@ -65,7 +65,7 @@ def load_model(
     config = load_model_config(model, place)
     check_prequantized(config, model.base_model, adapter, hardware.device, training)
     dtype = weight_dtype(model, adapter, hardware, training)
-    cls = _model_class(model, config, place)
+    cls = model_class(model, config, place)
     if seed is not None:
         set_seed(seed)
     if model.reinit_weights:
@@ -181,7 +181,9 @@ def _warn_unknown_overrides(config: transformers.PretrainedConfig, overrides: di
             warn(f"`overrides_of_model_config.{key}` is no known value of this architecture.{hint}")
 
 
-def _model_class(model: ModelSection, config: transformers.PretrainedConfig, place: Place | None) -> Any:
+def model_class(
+    model: ModelSection, config: transformers.PretrainedConfig, place: Place | None = None
+) -> Any:
     """The class that loads the model: the one the user wrote where it fits the architecture."""
     name = model.model_type
     if not name or name == "AutoModelForCausalLM":
@@ -272,6 +274,7 @@ def _from_files(
         raise EnvironmentProblem(
             f"`base_model: {model.base_model}` does not fit into the memory of {device}: {str(error).splitlines()[0]}",
             "Hold it in fewer bits (`load_in_4bit: true` with `adapter: qlora`), or use a larger GPU.",
+            code="AX1402",
         ) from None
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
         raise ModelError(

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from axolotl import console
+from axolotl.config.host import oom_kills
+from axolotl.distributed.exits import explain_exit
 
 TABLE = "sweep.csv"
 
@@ -48,8 +50,11 @@ def sweep(runs: Sequence[Run], output_dir: Path) -> list[Outcome]:
     output_dir.mkdir(parents=True, exist_ok=True)
     for number, run in enumerate(runs, start=1):
         console.note(f"Run {number} of {len(runs)}: {run.folder.name}")
-        started = time.monotonic()
+        started, kills = time.monotonic(), oom_kills()
         code = _execute([sys.executable, "-m", "axolotl", "train", *run.arguments])
+        why = explain_exit(code, f"run {number}", oom_kills() - kills)
+        if why is not None:
+            console.show_problem(why)
         loss, eval_loss = _last_figures(run.folder / "run.jsonl")
         outcomes.append(Outcome(run, code, time.monotonic() - started, loss, eval_loss))
         _write_table(outcomes, output_dir / TABLE)

@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from axolotl import console
-from axolotl.config import Config, unbuilt
+from axolotl.config import Config, Hardware, unbuilt
+from axolotl.config.rules.devices import several_devices_needed
 from axolotl.data.chat import choose_template
 from axolotl.data.stream import Stream
 from axolotl.distributed.world import detect_hardware, world
-from axolotl.errors import UserError
+from axolotl.errors import EnvironmentProblem, UserError
 from axolotl.model.adapter import add_adapter
+from axolotl.model.attention import missing_backend
 from axolotl.model.load import load_model
 from axolotl.model.tokenizer import new_token_ids
 from axolotl.report.run import write_run_report
+from axolotl.run.budget import within_ram
+from axolotl.run.memory import automatic, tell_memory
 from axolotl.run.merge import merge_trained
 from axolotl.run.preprocess import stop_tokens, tokenizer_of, training_data
 from axolotl.run.ready import check_output, ready, refuse, told_with_places
@@ -30,30 +34,36 @@ def train(cfg: Config) -> TrainResult:
     Raises a UserError for whatever the user can mend, most of it before any model is loaded.
     """
     hardware = detect_hardware()
-    refuse([*unbuilt(cfg), *check_output(cfg)])
-    cfg = ready(cfg, hardware)
+    alone = several_devices_needed(cfg, world().size)
+    told = {key for problem in alone for key in problem.keys}
+    refuse([*alone, *(p for p in unbuilt(cfg) if not told.intersection(p.keys)), *check_output(cfg)])
+    cfg = ready(automatic(cfg, hardware), hardware)
     attention = attention_for(cfg.model, cfg.data, hardware)
+    tell_attention(cfg, hardware, attention.name)
     resume = resume_point(cfg)
     if resume.complete:
         console.success(f"The run in `{cfg.output.output_dir}` is complete: there is nothing left to train.")
         return TrainResult(0, True, None, {})
     before = Path(cfg.adapter.lora_model_dir) if cfg.adapter.lora_model_dir else None
     tokenizer = tokenizer_of(cfg, before)
-    rows, held_out = training_data(cfg, tokenizer)
+    with within_ram("while the data is prepared"):
+        rows, held_out = training_data(cfg, tokenizer)
+    tell_memory(cfg, hardware, tokenizer)
     seed = 42 if cfg.train.seed is None else cfg.train.seed
     seed_everything(seed)
-    model: Any = load_model(
-        cfg.model,
-        cfg.adapter,
-        tokenizer,
-        hardware,
-        training=True,
-        attn_implementation=attention.name,
-        seed=seed,
-        stop_tokens=stop_tokens(cfg, tokenizer),
-        adapter_dir=before,
-        place=cfg.place("base_model"),
-    )
+    with within_ram("while the weights are loaded"):
+        model: Any = load_model(
+            cfg.model,
+            cfg.adapter,
+            tokenizer,
+            hardware,
+            training=True,
+            attn_implementation=attention.name,
+            seed=seed,
+            stop_tokens=stop_tokens(cfg, tokenizer),
+            adapter_dir=before,
+            place=cfg.place("base_model"),
+        )
     if cfg.adapter.adapter is not None:
         model = add_adapter(
             model,
@@ -72,6 +82,26 @@ def train(cfg: Config) -> TrainResult:
     if cfg.adapter.merge_lora and result.complete and cfg.adapter.adapter is not None and world().is_main:
         merge_trained(cfg, tokenizer, Path(cfg.output.output_dir), None)
     return result
+
+
+def tell_attention(cfg: Config, hardware: Hardware, chosen: str) -> None:
+    """Says what runs in place of an attention that this machine does not have.
+
+    Raises EnvironmentProblem under `strict`.
+    """
+    asked = cfg.model.attn_implementation
+    why = missing_backend(asked, hardware)
+    if why is None:
+        return
+    message = f"`attn_implementation: {asked}` is not here: {why}"
+    if cfg.output.strict:
+        remedy = "Delete the line for the best attention that is here, or set `strict: false`."
+        raise EnvironmentProblem(
+            cfg.problem(
+                f"{message}.", remedy, "attn_implementation", "strict", kind="environment", code="AX1406"
+            )
+        )
+    console.note(f"{message}. PyTorch's own attention ({chosen}) takes its place. [AX1406]")
 
 
 def _report(output_dir: Path) -> None:

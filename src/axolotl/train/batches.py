@@ -161,7 +161,7 @@ def build_batches(
     seed = train.seed if train.seed is not None else 42
     packing = data.sample_packing if not evaluation else _eval_packing(data)
     sequence_len = (data.eval_sequence_len if evaluation else None) or data.sequence_len
-    micro = (train.eval_batch_size if evaluation else None) or train.micro_batch_size
+    micro = (train.eval_batch_size if evaluation else None) or train.rows_at_once
     multiple = data.pad_to_multiple_of or alignment
     if packing:
         capacity = sequence_len * micro if attention.joined else sequence_len

@@ -27,6 +27,7 @@ from axolotl.model.attention import AttentionChoice, choose_attention, set_atten
 from axolotl.model.patch import Bench, apply_kernels
 from axolotl.model.replace import Replacements
 from axolotl.registry import require_extra
+from axolotl.train.advice import LossAdvice
 from axolotl.train.anomalies import SpikeWatch
 from axolotl.train.arguments import build_arguments
 from axolotl.train.batches import BatchSource, build_batches
@@ -178,6 +179,7 @@ def build_trainer(
         CheckpointOnRequest(cfg.train, output_dir),
         run_log,
         ProgressLine(volume.total_steps),
+        LossAdvice(trainer, cfg),
         Samples(trainer, cfg.train, run_log),
         LossWatch(cfg.train, numbers=not trainer.checks_steps),
         EarlyStopping(cfg.train),

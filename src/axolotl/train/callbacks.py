@@ -80,12 +80,14 @@ class LossWatch(TrainerCallback):
             raise TrainingDiverged(
                 f"The loss was not a finite number {self.patience} times on end, at step {state.global_step} the last "
                 "time. Lower `learning_rate`, raise `warmup_steps`, or train in bf16 instead of fp16; then resume from "
-                "a checkpoint before it."
+                "a checkpoint before it.",
+                code="AX1208",
             )
         if self.threshold is not None and min(losses) > self.threshold:
             raise TrainingDiverged(
                 f"The loss was above `loss_watchdog_threshold: {self.threshold}` {self.patience} times on end, at step "
-                f"{state.global_step} the last time ({losses[0]:.4g}). Lower `learning_rate`, or look at the data."
+                f"{state.global_step} the last time ({losses[0]:.4g}). Lower `learning_rate`, or look at the data.",
+                code="AX1207",
             )
 
 

@@ -141,6 +141,7 @@ def _train(trainer: Trainer, cfg: Config, resume: Path | None) -> TrainResult:
                 raise EnvironmentProblem(
                     f"The GPU's memory ran out after step {trainer.state.global_step}: {str(error).splitlines()[0]}",
                     "Lower `eval_batch_size`, `micro_batch_size` or `sequence_len`, or choose an 8-bit `optimizer`.",
+                    code="AX1403",
                 ) from error
             trainer.settle()  # type: ignore[attr-defined]
     except Exception:

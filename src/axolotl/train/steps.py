@@ -172,12 +172,13 @@ class Steps(_Base):
                     "`adapter: qlora`. Then run the same command with `--auto-resume-from-checkpoints`.",
                     "environment",
                     ("micro_batch_size", "on_oom"),
+                    code="AX1403",
                 )
             ) from error
 
     def _say_split(self) -> None:
         train = self.parts.train
-        micro, accumulation = train.micro_batch_size, train.gradient_accumulation_steps
+        micro, accumulation = train.rows_at_once, train.gradient_accumulation_steps
         now = (
             f"micro_batch_size {micro} → {max(1, micro // self.split)}, gradient_accumulation_steps {accumulation} → "
             f"{accumulation * self.split}"
@@ -255,6 +256,7 @@ class Steps(_Base):
                 f"The {what} was not a finite number {self.bad_streak} times on end, at step {step} the last time.",
                 f"Look at the rows in {file}. Lower `learning_rate`, raise `warmup_steps`, or train in bf16 instead of "
                 "fp16; then resume from a checkpoint before it.",
+                code="AX1208",
             )
         )
 

@@ -252,7 +252,7 @@ def stream_batches(
 ) -> StreamSource:
     """Batches of a stream as the config asks for them; `alignment` as for `build_batches`."""
     seed = 42 if train.seed is None else train.seed
-    micro, length = train.micro_batch_size, data.sequence_len
+    micro, length = train.rows_at_once, data.sequence_len
     multiple = data.pad_to_multiple_of or alignment
     fill = length if data.pad_to_sequence_len else None
     in_order = data.curriculum_sampling or not data.shuffle_merged_datasets

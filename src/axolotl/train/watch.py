@@ -102,7 +102,7 @@ class HangWatch(TrainerCallback):
             told = time.monotonic()
             warn(
                 f"Nothing has moved for {told - self.beat:.0f} seconds since step {self.step}. What every thread is doing "
-                f"is in {self.file}."
+                f"is in {self.file}. [AX1408]"
             )
             try:
                 with self.file.open("a", encoding="utf-8") as stream:

@@ -9,7 +9,7 @@ from axolotl.config.config import Config
 from axolotl.config.rules.rulebook import TRAINING, conflict, rule, warning
 from axolotl.errors import Problem
 
-_TRAINS = ("train", "check")
+_TRAINS = ("train", "check", "plan", "doctor")
 _LORA_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_embedding_kernel")
 
 

@@ -131,7 +131,7 @@ def shared_rows_have_limits(cfg: Config) -> Iterator[Problem]:
     """Devices that share a row need flash attention, and one packed row at a time."""
     if (cfg.distributed.context_parallel_size or 1) < 2:
         return
-    if cfg.data.sample_packing and cfg.train.micro_batch_size > 1:
+    if cfg.data.sample_packing and cfg.train.micro_batch_size not in (1, "auto"):
         yield conflict(
             "`context_parallel_size` takes one packed row at a time, but `micro_batch_size` is "
             f"{cfg.train.micro_batch_size}.",
@@ -159,3 +159,22 @@ def one_limit_of_memory(cfg: Config) -> Iterator[Problem]:
             "max_memory",
             "gpu_memory_limit",
         )
+
+
+def several_devices_needed(cfg: Config, processes: int) -> list[Problem]:
+    """What divides a model among devices although there is one process on one device. Not a rule: it asks the machine."""
+    if processes > 1:
+        return []
+    distributed, found = cfg.distributed, []
+    for key, name in (("deepspeed", "DeepSpeed"), ("fsdp_config", "FSDP")):
+        if getattr(distributed, key):
+            found.append(
+                cfg.problem(
+                    f"`{key}`: there is one device and one process, and {name} divides a model among several.",
+                    f"Delete the line `{key}:`, or start on several GPUs.",
+                    key,
+                    kind="conflict",
+                    code="AX1407",
+                )
+            )
+    return found

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from axolotl.config.config import Config
 from axolotl.errors import Kind, Problem
 
-TRAINING = ("train", "preprocess", "evaluate", "check")
+TRAINING = ("train", "preprocess", "evaluate", "check", "plan", "doctor")
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ def rule(*keys: str, verbs: tuple[str, ...] = ()) -> Callable[[Callable[[Config]
 def broken_rules(cfg: Config, verb: str = "train") -> list[Problem]:
     """Every problem that the rules find, with the places of its keys."""
     return [
-        cfg.problem(p.message, p.remedy, *p.keys, kind=p.kind)
+        cfg.problem(p.message, p.remedy, *p.keys, kind=p.kind, code=p.code)
         for each in RULES
         if not each.verbs or verb in each.verbs
         for p in each.check(cfg)
     ]
 
 
-def conflict(message: str, remedy: str, *keys: str, kind: Kind = "conflict") -> Problem:
+def conflict(message: str, remedy: str, *keys: str, kind: Kind = "conflict", code: str = "") -> Problem:
     """A problem about these keys; places are filled in by `broken_rules`."""
-    return Problem(message, remedy, kind, keys)
+    return Problem(message, remedy, kind, keys, code=code)
 
 
 def warning(message: str, remedy: str, *keys: str) -> Problem:

@@ -8,7 +8,7 @@ from axolotl.config.config import Config
 from axolotl.config.rules.rulebook import TRAINING, conflict, rule, warning
 from axolotl.errors import Problem
 
-_TRAINS = ("train", "check")
+_TRAINS = ("train", "check", "plan", "doctor")
 
 
 def _streamed(cfg: Config) -> bool:
@@ -37,6 +37,8 @@ def a_step_has_one_size(cfg: Config) -> Iterator[Problem]:
     train = cfg.train
     if train.batch_size is None:
         return
+    if train.micro_batch_size == "auto":
+        return  # then it says of how many rows a step is made
     if cfg.is_set("gradient_accumulation_steps"):
         yield conflict(
             "`batch_size` and `gradient_accumulation_steps` both decide how many rows a step has.",

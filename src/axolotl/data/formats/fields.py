@@ -63,6 +63,7 @@ def check_fields(
         suggestion(columns, entry) or "Name the columns with a mapping under `type:`, or change the data.",
         "data",
         places=(place,) if place else (),
+        code="AX1102",
     )
 
 

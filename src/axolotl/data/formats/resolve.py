@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -120,12 +121,7 @@ def _built(name: str, style: str | None, entry: DatasetEntry, data: DataSection)
 def _placed(error: ConfigError, place: Place | None) -> ConfigError:
     if place is None:
         return error
-    return ConfigError(
-        [
-            p if p.places else Problem(p.message, p.remedy, p.kind, p.keys, (place,), p.excerpt)
-            for p in error.problems
-        ]
-    )
+    return ConfigError([p if p.places else replace(p, places=(place,)) for p in error.problems])
 
 
 def _stands_here(module: str) -> bool:

@@ -1,0 +1,146 @@
+"""What this machine gives a process beside its GPU: RAM, disk, shared memory, open files; containers' limits count."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None  # type: ignore[assignment]
+
+_UNLIMITED = 1 << 60
+
+
+@dataclass(frozen=True)
+class Ram:
+    """Bytes of memory that this process may use in all, and that are free now."""
+
+    total: int
+    free: int
+    limit: str
+    """What sets the total: `machine` or `container`."""
+
+
+def ram(root: Path = Path("/")) -> Ram:
+    """Memory within the limits of the machine and of each control group above this process.
+
+    `root`: where /proc and /sys are looked for. Zeros where the system tells nothing.
+    """
+    total, free = _machine(root)
+    found = Ram(total, free, "machine")
+    for limit, used in _groups(root):
+        if limit < min(found.total or _UNLIMITED, _UNLIMITED):
+            found = Ram(limit, min(found.free or _UNLIMITED, max(0, limit - used)), "container")
+        elif limit < _UNLIMITED:
+            found = Ram(found.total, min(found.free, max(0, limit - used)), found.limit)
+    return found
+
+
+def _machine(root: Path) -> tuple[int, int]:
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:
+        return _by_sysconf()
+    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1}
+    return values.get("MemTotal", 0), values.get("MemAvailable", values.get("MemFree", 0))
+
+
+def _by_sysconf() -> tuple[int, int]:
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 0, 0
+    return total, total
+
+
+def _groups(root: Path) -> list[tuple[int, int]]:
+    """(limit, memory in use that cannot be given back) of each control group of this process, both versions."""
+    found = []
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines or ["0::/"]:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        names = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            if controllers
+            else (
+                "memory.max",
+                "memory.current",
+                "inactive_file",
+            )
+        )
+        # Inside a container its own group is mounted as the root, whatever path the kernel names.
+        folders = [base / path.lstrip("/"), *(base / path.lstrip("/")).parents]
+        for folder in dict.fromkeys([*(f for f in folders if base in (f, *f.parents)), base]):
+            limit, used = _number(folder / names[0]), _number(folder / names[1])
+            if limit is not None and used is not None:
+                found.append((limit, max(0, used - _cached(folder / "memory.stat", names[2]))))
+    return found
+
+
+def _number(file: Path) -> int | None:
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return _UNLIMITED if text == "max" else min(int(text), _UNLIMITED) if text.isdigit() else None
+
+
+def _cached(file: Path, key: str) -> int:
+    """Bytes of files that the kernel keeps and drops when memory is asked for."""
+    try:
+        for line in file.read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == key and value.isdigit():
+                return int(value)
+    except OSError:
+        pass
+    return 0
+
+
+def bytes_as_gib(count: int) -> str:
+    """For people."""
+    return f"{count / 2**30:.1f} GiB"
+
+
+def oom_kills(root: Path = Path("/")) -> int:
+    """How often the kernel has ended a process of this container for want of memory; 0 where it does not say."""
+    most = 0
+    for file in (root / "sys/fs/cgroup/memory.events", root / "sys/fs/cgroup/memory/memory.oom_control"):
+        try:
+            for line in file.read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    most = max(most, int(line.split()[1]))
+        except (OSError, ValueError, IndexError):
+            continue
+    return most
+
+
+def disk_free(folder: Path) -> int:
+    """Bytes free where a folder is or will be."""
+    for there in (folder, *folder.absolute().parents):
+        if there.exists():
+            return shutil.disk_usage(there).free
+    return 0
+
+
+def shared_memory_free() -> int | None:
+    """Bytes free in /dev/shm, through which loader processes and NCCL pass tensors; None where there is none."""
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return None
+
+
+def open_files() -> tuple[int, int] | None:
+    """(soft, hard) limit of open files; None where the platform has none."""
+    return None if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)

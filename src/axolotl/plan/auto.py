@@ -1,0 +1,93 @@
+"""`micro_batch_size: auto` and `gradient_checkpointing: auto`: the fastest of what fits, by the engine of the plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axolotl import console
+from axolotl.config import Config
+from axolotl.config.resolve import Hardware, resolve
+from axolotl.errors import EnvironmentProblem, Problem
+from axolotl.model.load import load_model_config
+from axolotl.plan import fit
+from axolotl.plan.gpus import GIB, Gpu
+from axolotl.plan.layout import layout_of
+from axolotl.plan.skeleton import uniform_depth
+from axolotl.plan.whole import Question
+from axolotl.train.build import attention_for
+
+TRIED = 6
+"""Settings that are rehearsed in full before the search gives up."""
+
+
+def asks(cfg: Config) -> bool:
+    """Whether the config leaves one of these keys to the plan."""
+    return cfg.train.micro_batch_size == "auto" or cfg.train.gradient_checkpointing == "auto"
+
+
+def fitted(cfg: Config, gpu: Gpu, hardware: Hardware, memory: int, gpus: int | None = None) -> Config:
+    """The config with these keys worked out for a GPU that can give `memory` bytes, each with its reason.
+
+    The rows of a step stay: batch_size, else gradient_accumulation_steps of one row each. Rows count as long as
+    sequence_len, so that no row can be too long for what is chosen. Raises EnvironmentProblem where nothing fits.
+    """
+    if not asks(cfg):
+        return cfg
+    train = cfg.train
+    by_batch, by_recompute = train.micro_batch_size == "auto", train.gradient_checkpointing == "auto"
+    rows = (train.batch_size or train.gradient_accumulation_steps) if by_batch else 0
+    start: dict[str, Any] = {}
+    if by_batch:
+        start |= {"micro_batch_size": 1, "gradient_accumulation_steps": rows}
+    if by_recompute:
+        start["gradient_checkpointing"] = False
+    resolved, _ = resolve(cfg.with_values(start, {}), hardware)
+    layout = layout_of(cfg.distributed, gpus, max(1, len(hardware.gpu_names)))
+    asked = Question(resolved, gpu, hardware, layout, attention_for(resolved.model, resolved.data, hardware))
+    judge = fit.remembered(asked.judge)
+    depth = uniform_depth(load_model_config(cfg.model))
+    found: list[tuple[float, dict[str, Any]]] = []
+    for recompute in (False, True) if by_recompute else (bool(train.gradient_checkpointing),):
+        trial = fit.changed(resolved, {"gradient_checkpointing": recompute})
+        line = fit.line(trial, judge, depth)
+        for micro, steps in (
+            fit.batches(resolved) if by_batch else [(train.rows_at_once, train.gradient_accumulation_steps)]
+        ):
+            if line.needed(micro, depth or 0) <= memory:
+                values: dict[str, Any] = {"gradient_checkpointing": recompute} if by_recompute else {}
+                if by_batch:
+                    values |= {"micro_batch_size": micro, "gradient_accumulation_steps": steps}
+                found.append((line.seconds(micro, depth or 0) * steps, values))
+    for _, values in sorted(found, key=lambda each: each[0])[:TRIED]:
+        trial = fit.changed(resolved, values)
+        needs = judge(trial, trial.train.rows_at_once, 0)
+        if needs.needed <= memory:
+            return _told(cfg, values, needs.needed, memory, rows)
+    smallest = fit.changed(resolved, {"gradient_checkpointing": True} if by_recompute else {})
+    needs = judge(smallest, smallest.train.rows_at_once, 0)
+    keys = [k for k, on in (("micro_batch_size", by_batch), ("gradient_checkpointing", by_recompute)) if on]
+    raise EnvironmentProblem(
+        Problem(
+            f"`{keys[0]}: auto`: nothing fits into {memory / GIB:.1f} GiB; the least needs {needs.needed / GIB:.1f} GiB.",
+            "`axolotl plan config.yml --fit` shows what else would help: 8-bit optimizers, QLoRA, a shorter `sequence_len`.",
+            "environment",
+            tuple(keys),
+            code="AX1402",
+        )
+    )
+
+
+def _told(cfg: Config, values: dict[str, Any], needed: int, memory: int, rows: int) -> Config:
+    fits = f"needs {needed / GIB:.1f} of {memory / GIB:.1f} GiB"
+    reasons = {
+        "micro_batch_size": f"auto: the fastest that fits ({fits})",
+        "gradient_accumulation_steps": f"auto: a step keeps its {rows} rows",
+        "gradient_checkpointing": f"auto: {'it would not fit without' if values.get('gradient_checkpointing') else 'there is room without'} ({fits})",
+    }
+    for key, value in values.items():
+        console.note(f"{key}: {str(value).lower()} ({reasons[key]})")
+    more = dict(values)
+    if "micro_batch_size" in more:
+        # Said once by micro_batch_size; as a rule of its own it would be divided again.
+        more["batch_size"] = None
+    return cfg.with_values(more, {k: reasons.get(k, "auto") for k in more})

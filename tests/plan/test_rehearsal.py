@@ -1,0 +1,307 @@
+"""The rehearsal against reality: parameters, gradients and optimizer to the byte, saved tensors of real small models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from axolotl.config import Hardware
+from axolotl.config.adapter import AdapterSection
+from axolotl.config.model import ModelSection
+from axolotl.config.optim import OptimSection
+from axolotl.optim.build import build_optimizer
+from axolotl.plan.ledger import BLOCK_BYTES
+from axolotl.plan.optimizer_state import SIZES, Trained, optimizer_state
+from axolotl.plan.rehearsal import ATTENTION, WORKSPACE, Batch, Manner, Rehearsal
+from axolotl.plan.skeleton import build_skeleton, packed_bytes, uniform_depth
+
+SMALL = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "vocab_size": 512}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+FAMILIES = {
+    "llama": {**SMALL, **HEADS},
+    "mistral": {**SMALL, **HEADS, "sliding_window": None},
+    "qwen2": {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen3": {**SMALL, **HEADS},
+    "gemma": {**SMALL, **HEADS},
+    "phi": {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 4},
+}
+CPU = Hardware(device="cpu")
+LORA = AdapterSection(adapter="lora", lora_r=4, lora_alpha=8, lora_target_linear=True)
+FULL = AdapterSection()
+B, T = 2, 40
+
+
+def folder(tmp_path: Path, family: str) -> Path:
+    AutoConfig.for_model(family, **FAMILIES[family], tie_word_embeddings=family == "gemma").save_pretrained(
+        tmp_path
+    )
+    return tmp_path
+
+
+def section(path: Path) -> ModelSection:
+    return ModelSection(base_model=str(path), float32=True)
+
+
+def real_model(path: Path, adapter: AdapterSection, attention: str, recompute: bool) -> Any:
+    """The same model with weights, for running on the CPU."""
+    config = AutoConfig.from_pretrained(path)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    model.config.use_cache = False
+    if adapter.adapter:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        targets = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n]
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
+        )
+    if recompute:
+        inner = model.get_base_model() if adapter.adapter else model
+        inner.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def saved_bytes(model: Any) -> int:
+    """Bytes that a real forward pass keeps for the backward pass, parameters aside, in CUDA's blocks."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.randint(0, 500, (B, T))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=torch.tensor(B * T)).loss
+    total = sum(-(-s.nbytes() // BLOCK_BYTES) * BLOCK_BYTES for s in kept.values())
+    assert loss.requires_grad
+    return total
+
+
+def rehearsed_bytes(path: Path, adapter: AdapterSection, attention: str, recompute: bool) -> int:
+    """What is alive after the forward pass of a rehearsal beyond what was there before it."""
+    model = build_skeleton(section(path), adapter, CPU, "eager" if attention == "eager" else ATTENTION)
+    with Rehearsal(model, Manner(recompute=recompute)) as rehearsal:
+        before = rehearsal.ledger.usage.live
+        found: list[int] = []
+        with rehearsal.ledger.during("forward", "temporary"), rehearsal._context():
+            loss = rehearsal._loss(Batch(B, T))
+            found.append(rehearsal.ledger.usage.live - before)
+        del loss
+    return found[0]
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("adapter", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_what_the_backward_pass_needs_is_what_a_real_model_saves(
+    tmp_path: Path, family: str, attention: str, adapter: AdapterSection, recompute: bool
+) -> None:
+    path = folder(tmp_path, family)
+    rehearsed = rehearsed_bytes(path, adapter, attention, recompute)
+    model = real_model(path, adapter, attention, recompute)
+    if recompute:
+        # The hooks of recomputation stand inside ours: what is kept then is the input of each layer, and the loss.
+        inputs = 3 * B * T * 64 * 4
+        logits = 2 * B * T * 512 * 4
+        assert inputs + logits / 2 <= rehearsed <= 1.25 * (inputs + logits) + 40 * BLOCK_BYTES
+        assert rehearsed < saved_bytes(real_model(path, adapter, attention, False))
+        return
+    real = saved_bytes(model)
+    # The loss itself is alive, and kept for nothing.
+    assert real <= rehearsed <= real + 2 * BLOCK_BYTES, f"{rehearsed:,} against {real:,}"
+
+
+@pytest.mark.parametrize("adapter", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_weights_gradients_and_optimizer_to_the_byte(
+    tmp_path: Path, family: str, adapter: AdapterSection
+) -> None:
+    path = folder(tmp_path, family)
+    model = real_model(path, adapter, "sdpa", False)
+    ids = torch.randint(0, 500, (B, T))
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    optimizer.step()
+
+    def blocks(tensors: Any) -> int:
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+        return sum(-(-n // BLOCK_BYTES) * BLOCK_BYTES for n in storages.values())
+
+    gradients = blocks(p.grad for p in trained)
+    state = sum(v.nbytes for s in optimizer.state.values() for k, v in s.items() if k != "step")
+    skeleton = build_skeleton(section(path), adapter, CPU, ATTENTION)
+    kept = [Trained(tuple(p.shape), p.element_size()) for p in skeleton.parameters() if p.requires_grad]
+    with Rehearsal(skeleton, Manner()) as rehearsal:
+        booked = dict(rehearsal.ledger.usage.by_category)
+        rehearsal.step(Batch(B, T))
+        after = dict(rehearsal.ledger.usage.by_category)
+    buffers = blocks(b for b in model.buffers())
+    assert booked["weights"] + booked.get("adapter", 0) == blocks(model.parameters()) + buffers
+    assert after["gradients"] == gradients
+    assert optimizer_state(OptimSection(learning_rate=1.0), kept).device == state + len(kept) * BLOCK_BYTES
+
+
+NEEDS_A_PACKAGE = (
+    "8bit",
+    "4bit",
+    "fp8",
+    "paged",
+    "lion",
+    "ademamix",
+    "bnb",
+    "schedule",
+    "optimi",
+    "stable",
+    "came",
+    "grok",
+)
+
+
+@pytest.mark.parametrize("name", [n for n in SIZES if not any(w in n for w in NEEDS_A_PACKAGE)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_state_of_each_optimizer(name: str, dtype: torch.dtype) -> None:
+    state_of(name, dtype, tolerance=0.01)
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adamw_8bit",
+        "lion_8bit",
+        "ademamix_8bit",
+        "paged_adamw_32bit",
+        "schedule_free_adamw",
+        "schedule_free_sgd",
+    ],
+)
+def test_the_state_of_optimizers_of_other_packages(name: str) -> None:
+    state_of(name, torch.float32, tolerance=0.02)
+
+
+def state_of(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Compares the table with the bytes that the real optimizer holds after a step."""
+
+    class Toy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed_tokens = nn.Embedding(512, 64)
+            self.layer = nn.Linear(64, 256)
+            self.norm = nn.LayerNorm(64)
+
+    model = Toy().to(dtype)
+    optim = OptimSection(optimizer=name, learning_rate=1e-3)
+    optimizer = build_optimizer(model, optim, AdapterSection())
+    if callable(getattr(optimizer, "train", None)):
+        optimizer.train()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    real = 0
+    for part in getattr(optimizer, "parts", [optimizer]):
+        for state in part.state.values():
+            # The table of a quantisation and the count of steps are shared or tiny.
+            real += sum(
+                v.nbytes
+                for k, v in state.items()
+                if isinstance(v, torch.Tensor) and not k.startswith(("qmap", "step"))
+            )
+    kept = [Trained(tuple(p.shape), p.element_size(), "embed" in n) for n, p in model.named_parameters()]
+    found = optimizer_state(optim, kept)
+    steps = len(kept) * BLOCK_BYTES
+    assert real * (1 - tolerance) <= found.device + found.paged <= real * (1 + tolerance) + steps
+
+
+def test_tied_weights_are_counted_once(tmp_path: Path) -> None:
+    path = folder(tmp_path, "gemma")
+    skeleton = build_skeleton(section(path), FULL, CPU, ATTENTION)
+    with Rehearsal(skeleton, Manner()) as rehearsal:
+        weights = rehearsal.ledger.usage.by_category["weights"]
+    real = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.float32)
+    assert weights < sum(p.nbytes for p in real.parameters()) * 1.1
+
+
+def test_packed_weights_take_their_bits(tmp_path: Path) -> None:
+    path = folder(tmp_path, "llama")
+    four = ModelSection(base_model=str(path), float32=True, load_in_4bit=True)
+    skeleton = build_skeleton(four, LORA, CPU, ATTENTION)
+    linear = sum(
+        m.out_features * m.in_features
+        for n, m in skeleton.named_modules()
+        if type(m).__name__ == "PackedLinear"
+    )
+    assert linear > 0
+    with Rehearsal(skeleton, Manner()) as rehearsal:
+        held = rehearsal.ledger.usage.by_category["weights"]
+        rehearsal.step(Batch(B, T))
+    outside = 2 * 512 * 64 * 4
+    assert held < outside + linear * 0.6 + 200 * BLOCK_BYTES
+    assert packed_bytes(64 * 256, 4) == 64 * 256 // 2 + 256 + 4 + 64
+    assert packed_bytes(100, 8, rows=10) == 140
+
+
+@pytest.mark.extras
+def test_packed_bytes_are_those_of_bitsandbytes() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    weight = torch.randn(256, 192)
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+    real = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes + state.code.nbytes
+    assert packed_bytes(256 * 192, 4) == real
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("adapter", [FULL, LORA], ids=["full", "lora"])
+def test_memory_grows_in_a_straight_line_with_depth(
+    tmp_path: Path, adapter: AdapterSection, recompute: bool
+) -> None:
+    """By phases, which the search for what fits relies on."""
+    path = folder(tmp_path, "llama")
+
+    def phases(depth: int) -> dict[str, int]:
+        skeleton = build_skeleton(section(path), adapter, CPU, ATTENTION, depth=depth)
+        with Rehearsal(skeleton, Manner(recompute=recompute)) as rehearsal:
+            rehearsal.step(Batch(2, 256))
+        return rehearsal.ledger.usage.by_phase
+
+    two, four, nine = phases(2), phases(4), phases(9)
+    for phase, size in nine.items():
+        drawn = two[phase] + (four[phase] - two[phase]) * 7 / 2
+        assert drawn == pytest.approx(size, rel=0.01), phase
+
+
+def test_depth_counts_only_where_layers_are_alike(tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(folder(tmp_path, "llama"))
+    assert uniform_depth(config) == 3
+    config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    assert uniform_depth(config) is None
+
+
+def test_nothing_of_a_rehearsal_stays(tmp_path: Path) -> None:
+    """What was alive before a step is what is alive after it and after its gradients are gone."""
+    skeleton = build_skeleton(section(folder(tmp_path, "qwen2")), FULL, CPU, ATTENTION)
+    with Rehearsal(skeleton, Manner()) as rehearsal:
+        before = rehearsal.ledger.usage.live
+        for _ in range(2):
+            rehearsal.step(Batch(B, T))
+            rehearsal.forget_gradients()
+            assert rehearsal.ledger.usage.live == before
+        rehearsal.evaluate(Batch(1, 16))
+        assert rehearsal.ledger.usage.live == before
+    assert before > WORKSPACE
+
+
+def points() -> list[dict[str, Any]]:
+    file = Path(__file__).parents[2] / "benchmarks" / "results" / "memory_points.json"
+    found: list[dict[str, Any]] = json.loads(file.read_text())["points"]
+    return found
