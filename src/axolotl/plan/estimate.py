@@ -13,6 +13,7 @@ from axolotl.config.resolve import Hardware
 from axolotl.errors import ModelError, UserError
 from axolotl.model.attention import AttentionChoice
 from axolotl.optim.groups import is_embedding
+from axolotl.plan.fused import fuse
 from axolotl.plan.gpus import GIB, Gpu
 from axolotl.plan.layout import Layout
 from axolotl.plan.ledger import Account, Usage
@@ -108,10 +109,11 @@ def requirement(
     """
     name = "eager" if attention.name == "eager" else ATTENTION
     model = build_skeleton(cfg.model, cfg.adapter, hardware, name, vocabulary, depth)
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    notes = list(fuse(inner, cfg.kernels))
     parameters = count_parameters(model, cfg, layout)
     manner = _manner(cfg, parameters)
     batch, usual = _shared(batch, layout), _shared(usual or batch, layout)
-    notes = []
     try:
         with Rehearsal(model, manner) as rehearsal:
             rehearsal.step(batch)

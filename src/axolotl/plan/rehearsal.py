@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 
 from axolotl.model.embeddings import embedding_rows
+from axolotl.plan.fused import silent_programs
 from axolotl.plan.ledger import Ledger
 from axolotl.plan.skeleton import packed_bytes, packed_layers
 
@@ -141,6 +142,7 @@ class Rehearsal:
         self._stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         self._stack.enter_context(self.ledger)
         self._stack.enter_context(_float32_where_cuda_does() if self.manner.autocast else nullcontext())
+        self._stack.enter_context(silent_programs(self.ledger))
         with self.ledger.during("start", "weights"):
             self._materialise()
         if self.manner.state_bytes:

@@ -1,0 +1,120 @@
+"""Our kernels in a rehearsal: the same operations with the same tensors kept, and programs that start nothing.
+
+Where a kernel is for layers that a rehearsal cannot tell by their numbers, they are told by their structure. LoRA's
+kernels are left out: PEFT's own code, which keeps more, stands in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from axolotl.config.kernels import KernelsSection
+from axolotl.kernels import cross_entropy, gates, norms, rotary
+from axolotl.model.fused_loss import fuse_loss, unfit
+from axolotl.model.replace import Replacements, with_global
+from axolotl.model.shapes import GatedMlp, activation_of, rotary_of
+from axolotl.plan.ledger import Ledger
+
+_LOSSES = (
+    "cut_cross_entropy",
+    "liger_fused_linear_cross_entropy",
+    "chunked_cross_entropy",
+    "liger_cross_entropy",
+    "flash_attn_cross_entropy",
+)
+_LEFT_OUT = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_fp8_base")
+_FILES: tuple[Any, ...] = (cross_entropy, gates, norms, rotary)
+
+
+def fuse(model: Any, kernels: KernelsSection) -> tuple[str, ...]:
+    """Gives a skeleton the kernels that the keys ask for; returns what is planned otherwise than it will run.
+
+    `model` is transformers' model, without PEFT's wrapper.
+    """
+    made = Replacements()
+    if any(getattr(kernels, key) for key in _LOSSES) and not unfit(model):
+        fuse_loss(model, made, kernels.chunked_cross_entropy_num_chunks, triton=True)
+    for module in list(model.modules()):
+        if kernels.liger_rms_norm and _is_rms_norm(module):
+            made.forward(module, _norm_forward)
+        if kernels.liger_rope and (function := rotary_of(module)) is not None:
+            forward = with_global(type(module).forward, function.__name__, rotary.rotary)
+            if forward is not None:
+                made.forward(module, forward)
+        if kernels.liger_glu_activation and (mlp := _mlp(module)) is not None:
+            made.forward(module, _gated_forward(mlp))
+    left = [key for key in _LEFT_OUT if getattr(kernels, key)]
+    if not left:
+        return ()
+    return (
+        f"{', '.join(f'`{key}`' for key in left)}: planned as PEFT's own code, which needs more memory and time.",
+    )
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    named = "rmsnorm" in type(module).__name__.lower()
+    return named and isinstance(weight, nn.Parameter) and weight.ndim == 1 and not any(module.children())
+
+
+def _norm_forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    eps = float(getattr(self, "variance_epsilon", getattr(self, "eps", 1e-6)))
+    return norms.rms_norm(hidden_states, self.weight, eps)
+
+
+def _mlp(module: nn.Module) -> GatedMlp | None:
+    parts = [getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down")]
+    act = getattr(module, "act_fn", None)
+    gate, up, down = parts
+    if not (isinstance(gate, nn.Module) and isinstance(up, nn.Module) and isinstance(down, nn.Module)):
+        return None
+    name = activation_of(act) if callable(act) else None
+    return None if name is None else GatedMlp(gate, up, down, name)
+
+
+def _gated_forward(mlp: GatedMlp) -> Any:
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        assert mlp.up is not None
+        out: torch.Tensor = mlp.down(gates.gated(mlp.gate(x), mlp.up(x), mlp.act))
+        return out
+
+    return forward
+
+
+class _Silent:
+    """Stands for a file of Triton programs: any program, on any grid, reads and writes its tensors and does nothing."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def __getattr__(self, name: str) -> _Silent:
+        return self
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            moved = sum(t.numel() * t.element_size() for t in args if isinstance(t, torch.Tensor))
+            self._ledger.add("memory", 0.0, float(moved))
+
+        return launch
+
+
+@contextmanager
+def silent_programs(ledger: Ledger) -> Iterator[None]:
+    """Inside, kernels take the way of a GPU, and their programs are only counted."""
+    before = [(file, name, getattr(file, name)) for file in _FILES for name in ("runs_on", "programs")]
+    chunk = dict(cross_entropy.CHUNK_LOGITS)
+    try:
+        for file in _FILES:
+            file.runs_on = lambda x: True
+            file.programs = lambda name: _Silent(ledger)
+        cross_entropy.CHUNK_LOGITS["cpu"] = chunk["cuda"]
+        yield
+    finally:
+        for file, name, value in before:
+            setattr(file, name, value)
+        cross_entropy.CHUNK_LOGITS.update(chunk)
