@@ -334,7 +334,7 @@ def test_our_kernels_keep_what_they_say(tmp_path: Path) -> None:
     )
     logits = 4 * 512 * 512 * 4
     assert plain.peak.total - loss.peak.total > 1.5 * logits
-    assert both.by_phase["forward"] < 0.9 * loss.by_phase["forward"]
+    assert both.by_phase["forward"] < 0.95 * loss.by_phase["forward"]
     assert runs_on.__module__ == "axolotl.kernels.triton_language", "the kernels are as they were"
     assert norms.runs_on is runs_on
 

@@ -109,7 +109,8 @@ def requirement(
     """
     name = "eager" if attention.name == "eager" else ATTENTION
     model = build_skeleton(cfg.model, cfg.adapter, hardware, name, vocabulary, depth)
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole: Any = model
+    inner = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
     notes = list(fuse(inner, cfg.kernels))
     parameters = count_parameters(model, cfg, layout)
     manner = _manner(cfg, parameters)

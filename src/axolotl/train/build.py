@@ -266,7 +266,7 @@ def _fused(model: PreTrainedModel, cfg: Config) -> Replacements:
         cfg.kernels,
         first.device,
         torch.float16 if cfg.model.fp16 or cfg.model.float16 else dtype,
-        cfg.data.sequence_len * cfg.train.micro_batch_size,
+        cfg.data.sequence_len * cfg.train.rows_at_once,
         why,
         cfg.output.strict,
     )
