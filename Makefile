@@ -65,6 +65,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/first_step.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/loss_equality.py
+	$(BIN)/python benchmarks/async_save.py
+	$(BIN)/python benchmarks/run_cost.py
 	$(BIN)/python benchmarks/table.py
 
 clean:

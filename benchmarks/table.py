@@ -46,6 +46,24 @@ def table() -> str:
         ("loss with accumulation 8 × 1 beside 1 × 8", f"{apart['accumulation_loss']:.0e}", loss),
         ("loss of packed rows beside the same unpacked", f"{apart['packing_loss']:.0e}", loss),
     ]
+    faults, saving, cost = map(result, ("faults", "async_save", "run_cost"))
+    rows += [
+        (
+            f"faults injected into runs ({faults['faults']['SIGKILL']['injected']} of them SIGKILL); survived; bytes of results lost",
+            f"{faults['injected']}; {faults['survived']}; {faults['bytes_lost']}",
+            faults | {"benchmark": "faults/run"},
+        ),
+        (
+            f"wait of a step for a checkpoint of {saving['work']['checkpoint_gib']:.1f} GiB with `save_async`, beside a save without",
+            f"{saving['ratios']['wait_over_save']:.3f} × (a run's first: {saving['ratios']['first_wait_over_save']:.2f} ×)",
+            saving,
+        ),
+        (
+            "watchdogs and what exact resuming needs, as a share of a step (tiny model)",
+            f"{cost['ratios']['watching_over_step']:.2%}",
+            cost,
+        ),
+    ]
     gpu = result("gpu-train")
     more = [
         *(

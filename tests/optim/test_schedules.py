@@ -166,3 +166,48 @@ def test_an_unknown_schedule_is_told():
     with pytest.raises(ConfigError, match="lr_scheduler"):
         course(lr_scheduler="cosinus")
     assert math.isclose(course()[5], 1.0)
+
+
+COURSES = [n for n in schedules.names() if n not in ("reduce_lr_on_plateau", "greedy")]
+
+
+@pytest.mark.parametrize("name", COURSES)
+@pytest.mark.parametrize(
+    ("total", "warmup"), [(1, 0), (1, 1), (2, 0), (2, 2), (3, 1), (10, 0), (10, 9), (10, 10), (10, 1)]
+)
+def test_every_schedule_at_its_edges(name, total, warmup):
+    keys = {"lr_scheduler": name, "warmup_steps": warmup}
+    if "min_lr" in name:
+        keys["lr_scheduler_kwargs"] = {"min_lr_rate": 0.1}
+    rates = course(total, **keys)
+    assert len(rates) == total and all(map(math.isfinite, rates))
+    assert min(rates) >= 0 and max(rates) <= 1 + 1e-9
+    if name == "one_cycle":
+        # It begins at a 25th of the rate and has its peak at the end of the warmup.
+        assert rates[0] == pytest.approx(1 / 25)
+    elif name == "cosine_warmup_with_min_lr" or (name == "inverse_sqrt" and warmup == 0):
+        assert rates[0] <= 1
+    elif warmup and name != "constant":
+        assert rates[0] == pytest.approx(0, abs=1e-9)
+        if warmup < total:
+            assert rates[warmup] == pytest.approx(1)
+    else:
+        assert rates[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "last"),
+    [
+        ("linear", {}, 1 / 45),
+        ("cosine", {}, 0.5 * (1 + math.cos(math.pi * 44 / 45))),
+        ("cosine", {"cosine_min_lr_ratio": 0.1}, 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 44 / 45))),
+        ("cosine", {"cosine_min_lr_ratio": 0.1, "cosine_constant_lr_ratio": 0.5}, 0.1),
+        ("cosine", {"cosine_min_lr_ratio": 1.0}, 1.0),
+        ("rex", {}, (1 / 45) / (0.1 + 0.9 / 45)),
+        ("one_cycle", {}, 1 / 25 / 1e4),
+        ("constant_with_warmup", {}, 1.0),
+        ("constant", {}, 1.0),
+    ],
+)
+def test_the_rate_of_the_last_step(name, keys, last):
+    assert course(lr_scheduler=name, **keys)[-1] == pytest.approx(last)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import resource
 import signal
 import threading
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 
 from axolotl.config.train import TrainSection
 from axolotl.data.collate import PackedCollator, PaddedCollator
+from axolotl.distributed.world import only_repeatable_kernels
 from axolotl.errors import CheckpointError, EnvironmentProblem
 from axolotl.train.checkpoint import publish
 from axolotl.train.record import SHAPING, changes
@@ -446,3 +448,46 @@ def test_a_mistake_in_what_is_saved_is_no_trouble_of_the_disk():
     with pytest.raises(Exception) as found:
         torch.save({"hook": lambda: None}, io.BytesIO())
     assert not is_disk_trouble(found.value)
+
+
+@pytest.fixture
+def free_kernels():
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+
+
+def test_a_kernel_that_does_not_repeat_itself_is_told(trainer, monkeypatch, free_kernels):
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
+        # Set first, so that it is taken back afterwards.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    only_repeatable_kernels()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    run = trainer(tiny_model(), rows(4), deterministic=True)
+    plain = run.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        # One of the operations of which torch has no other kernel.
+        torch.nn.functional.max_unpool1d(torch.ones(1, 1, 2), torch.tensor([[[0, 2]]]), 2)
+        return plain(*args, **kwargs)
+
+    run.compute_loss = compute_loss
+    with pytest.raises(EnvironmentProblem, match="`deterministic: true`: max_unpool"):
+        train(run, run.cfg)
+
+
+def test_noise_on_the_embeddings_is_there_in_training_alone(trainer):
+    data, held_out = rows(4), rows(3, seed=2)
+    keys = {"learning_rate": 1e-12, "evals_per_epoch": 1}
+    plain, noisy = (
+        trainer(tiny_model(), data, held_out, neftune_noise_alpha=alpha, **keys) for alpha in (None, 20.0)
+    )
+    for run in (plain, noisy):
+        train(run, run.cfg)
+    assert all(a != b for a, b in zip(losses(plain), losses(noisy), strict=True))
+    evaluated = [
+        [line["eval_loss"] for line in run.state.log_history if "eval_loss" in line] for run in (plain, noisy)
+    ]
+    assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-6)

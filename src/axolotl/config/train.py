@@ -106,6 +106,8 @@ class TrainSection(Section):
     """Steps after which training ends, whatever num_epochs says."""
     seed: NonNegativeInt | None = None
     """Seed of everything random; 42 when unset."""
+    deterministic: bool = False
+    """Use only kernels that compute the same bits each time; slower, and needed on a GPU alone."""
     dataloader_num_workers: NonNegativeInt | None = None
     """Processes that load batches."""
     dataloader_pin_memory: bool | None = None

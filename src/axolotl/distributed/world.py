@@ -89,3 +89,15 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(mmap_threshold, 32 << 20)) and bool(mallopt(trim_threshold, 2**31 - 1))
+
+
+def only_repeatable_kernels() -> None:
+    """Makes this process compute the same bits each time, where its kernels can. To be called before the GPU is used.
+
+    A kernel that cannot raises RuntimeError when it is asked for.
+    """
+    # cuBLAS and FlashAttention read these when they begin.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

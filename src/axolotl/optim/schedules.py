@@ -33,11 +33,13 @@ def transformers_schedule(optimizer: Optimizer, optim: OptimSection, warmup: int
     ):
         # A tenth of the run for the decay, where the user does not say.
         arguments["num_decay_steps"] = max(1, total // 10)
+    # Polynomial divides by the steps after the warmup, even where there are none.
+    steps = max(total, warmup + 1) if optim.lr_scheduler == "polynomial" else total
     return get_scheduler(
         optim.lr_scheduler,
         optimizer,
         num_warmup_steps=warmup,
-        num_training_steps=total,
+        num_training_steps=steps,
         scheduler_specific_kwargs=arguments,
     )
 

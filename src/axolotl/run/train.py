@@ -10,7 +10,7 @@ from axolotl.config import Config, Hardware, unbuilt
 from axolotl.config.rules.devices import several_devices_needed
 from axolotl.data.chat import choose_template
 from axolotl.data.stream import Stream
-from axolotl.distributed.world import detect_hardware, world
+from axolotl.distributed.world import detect_hardware, only_repeatable_kernels, world
 from axolotl.errors import EnvironmentProblem, UserError
 from axolotl.model.adapter import add_adapter
 from axolotl.model.attention import missing_backend
@@ -50,6 +50,8 @@ def train(cfg: Config) -> TrainResult:
         rows, held_out = training_data(cfg, tokenizer)
     tell_memory(cfg, hardware, tokenizer)
     seed = 42 if cfg.train.seed is None else cfg.train.seed
+    if cfg.train.deterministic:
+        only_repeatable_kernels()
     seed_everything(seed)
     with within_ram("while the weights are loaded"):
         model: Any = load_model(

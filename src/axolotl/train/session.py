@@ -144,6 +144,14 @@ def _train(trainer: Trainer, cfg: Config, resume: Path | None) -> TrainResult:
                     code="AX1403",
                 ) from error
             trainer.settle()  # type: ignore[attr-defined]
+    except RuntimeError as error:
+        trainer.settle()  # type: ignore[attr-defined]
+        if cfg.train.deterministic and "deterministic" in str(error):
+            raise EnvironmentProblem(
+                f"`deterministic: true`: {str(error).splitlines()[0]}",
+                "Set another `attn_implementation`, or delete `deterministic`.",
+            ) from error
+        raise
     except Exception:
         # A checkpoint that is being written is worth having whatever the run died of.
         trainer.settle()  # type: ignore[attr-defined]
