@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from axolotl.errors import ConfigError, EnvironmentProblem
+from axolotl.errors import ConfigError, EnvironmentProblem, Problem
 
 T = TypeVar("T")
 PACKAGE_ROOT = Path(__file__).resolve().parent
@@ -117,15 +117,31 @@ class Registry(Generic[T]):
         return self._loaded[name]
 
 
-def require_extra(module: str, extra: str, purpose: str) -> Any:
+def missing_extra(module: str, extra: str, purpose: str, *keys: str) -> list[Problem]:
+    """The problem of an optional package that is not installed: what needs it, and the extra; none where it is there.
+
+    `keys` are those of the config that ask for it.
+    """
+    package = module.split(".")[0]
+    if importlib.util.find_spec(package) is not None:
+        return []
+    return [
+        Problem(
+            f"{purpose} needs the package `{package}`, which is not installed.",
+            f"Install it with: pip install 'axolotl[{extra}]'",
+            "environment",
+            keys,
+            code="AX1404",
+        )
+    ]
+
+
+def require_extra(module: str, extra: str, purpose: str, *keys: str) -> Any:
     """Imports an optional dependency. Raises EnvironmentProblem naming the extra to install.
 
     The one place where an import stands inside a function outside `cli/`.
     """
-    if importlib.util.find_spec(module.split(".")[0]) is None:
-        raise EnvironmentProblem(
-            f"{purpose} needs the package `{module.split('.')[0]}`, which is not installed.",
-            f"Install it with: pip install 'axolotl[{extra}]'",
-            code="AX1404",
-        )
+    missing = missing_extra(module, extra, purpose, *keys)
+    if missing:
+        raise EnvironmentProblem(missing)
     return importlib.import_module(module)

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from axolotl.config.model import ModelSection
-from axolotl.errors import ModelError, Place
+from axolotl.errors import ModelError
 from axolotl.model.tokenizer import load_tokenizer, new_token_ids
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -195,9 +195,10 @@ def test_tokenizer_type_that_reads_the_vocabulary_wrongly_is_not_used(
 )
 def test_what_cannot_be_loaded_is_told_with_its_place(keys: dict[str, Any], words: str) -> None:
     with pytest.raises(ModelError) as told:
-        load_tokenizer(section(**{"base_model": LLAMA, **keys}), place=Place("c.yml", 3, 13))
-    assert words in told.value.problems[0].message
-    assert str(told.value.problems[0].places[0]) == "c.yml:3:13"
+        load_tokenizer(section(**{"base_model": LLAMA, **keys}))
+    [problem] = told.value.problems
+    assert words in problem.message
+    assert problem.keys[0] in keys
 
 
 def test_a_hub_name_without_network_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

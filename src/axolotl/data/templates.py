@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from jinja2 import nodes
@@ -26,7 +26,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from axolotl.data.pen import Pen, TurnDict, instrument
 from axolotl.data.traced import Traced, concat, find_tag, join, trace
 from axolotl.data.types import Conversation, Message, RowProblem
-from axolotl.errors import DataError
+from axolotl.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    from axolotl.config.data import DataSection
 
 FOLDER = Path(__file__).with_suffix("")
 FALLBACK = "tokenizer_default_fallback_"
@@ -330,16 +333,37 @@ def _load(name: str, jinja: str | None, tokenizer_template: str | None) -> ChatT
     return ChatTemplate(name, text)
 
 
+def _no_file(value: str, key: str) -> Problem:
+    return Problem(
+        f"The template file `{value}` of `chat_template_jinja` does not exist.",
+        "Correct the path, or write the Jinja text inline.",
+        "data",
+        (key,),
+    )
+
+
+def check(data: DataSection) -> list[Problem]:
+    """Template files that the config names and that are not there."""
+    asked = {"chat_template_jinja": data.chat_template_jinja}
+    for kind in ("datasets", "test_datasets"):
+        for index, entry in enumerate(getattr(data, kind)):
+            asked[f"{kind}[{index}].chat_template_jinja"] = entry.chat_template_jinja
+    problems = []
+    for key, value in asked.items():
+        try:
+            read_jinja(value or "\n")
+        except DataError:
+            problems.append(_no_file(str(value), key))
+    return problems
+
+
 def read_jinja(value: str) -> str:
     """A `chat_template_jinja` value: the text of the file it names, or else itself. Raises DataError for a missing file."""
     if "{" in value or "\n" in value:
         return value
     path = Path(value).expanduser()
     if not path.is_file():
-        raise DataError(
-            f"the template file `{value}` of `chat_template_jinja` does not exist.",
-            "Correct the path, or write the Jinja text inline.",
-        )
+        raise DataError(_no_file(value, "chat_template_jinja"))
     return path.read_text(encoding="utf-8")
 
 

@@ -86,6 +86,15 @@ def choose_attention(model: ModelSection, packing: bool, hardware: Hardware) -> 
     return AttentionChoice(name, reason, packing and name == PACKED)
 
 
+def check(model: ModelSection, packing: bool, hardware: Hardware) -> list[Problem]:
+    """Why the attention that was asked for cannot train on this machine."""
+    try:
+        choose_attention(model, packing, hardware)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
 _PACKAGES = {
     "flash_attention_2": "flash_attn",
     "flash_attention_3": "flash_attn_interface",

@@ -65,7 +65,7 @@ def load_model(
     config = load_model_config(model, place)
     check_prequantized(config, model.base_model, adapter, hardware.device, training)
     dtype = weight_dtype(model, adapter, hardware, training)
-    cls = model_class(model, config, place)
+    cls = model_class(model, config)
     if seed is not None:
         set_seed(seed)
     if model.reinit_weights:
@@ -181,9 +181,24 @@ def _warn_unknown_overrides(config: transformers.PretrainedConfig, overrides: di
             warn(f"`overrides_of_model_config.{key}` is no known value of this architecture.{hint}")
 
 
-def model_class(
-    model: ModelSection, config: transformers.PretrainedConfig, place: Place | None = None
-) -> Any:
+def _no_class(name: str) -> Problem:
+    near = difflib.get_close_matches(name, [n for n in dir(transformers) if "For" in n], n=1)
+    return Problem(
+        f"`model_type: {name}` is no model class of transformers.",
+        f"{f'Did you mean `{near[0]}`? ' if near else ''}`AutoModelForCausalLM` fits nearly always.",
+        "model",
+        ("model_type",),
+    )
+
+
+def check(model: ModelSection) -> list[Problem]:
+    """What is wrong with the model's class, as far as it can be seen without its files."""
+    name = model.model_type
+    wrong = name and name not in dir(transformers) and not model.trust_remote_code
+    return [_no_class(name)] if name and wrong else []
+
+
+def model_class(model: ModelSection, config: transformers.PretrainedConfig) -> Any:
     """The class that loads the model: the one the user wrote where it fits the architecture."""
     name = model.model_type
     if not name or name == "AutoModelForCausalLM":
@@ -192,16 +207,7 @@ def model_class(
     if cls is None or not hasattr(cls, "from_pretrained"):
         if model.trust_remote_code:
             return AutoModelForCausalLM
-        near = difflib.get_close_matches(name, [n for n in dir(transformers) if "For" in n], n=1)
-        raise ModelError(
-            Problem(
-                f"`model_type: {name}` is no model class of transformers.",
-                f"{f'Did you mean `{near[0]}`? ' if near else ''}`AutoModelForCausalLM` fits nearly always.",
-                "model",
-                ("model_type",),
-                (place,) if place else (),
-            )
-        )
+        raise ModelError(_no_class(name))
     own = getattr(getattr(cls, "config_class", None), "model_type", None)
     if own and own not in (config.model_type, getattr(config.get_text_config(), "model_type", None)):
         warn(

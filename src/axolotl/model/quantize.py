@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from axolotl.errors import EnvironmentProblem, ModelError, Problem
-from axolotl.registry import require_extra
+from axolotl.registry import missing_extra, require_extra
 
 if TYPE_CHECKING:
     from axolotl.config.adapter import AdapterSection
@@ -36,6 +36,18 @@ def wants_quantized_load(model: ModelSection, adapter: AdapterSection) -> int:
     return 4 if model.load_in_4bit or adapter.adapter == "qlora" else 0
 
 
+def _asked_for(model: ModelSection, adapter: AdapterSection, bits: int) -> tuple[str, str]:
+    """What asks for quantised weights, and its key."""
+    key = f"load_in_{bits}bit"
+    return (f"`{key}: true`", key) if getattr(model, key) else (f"`adapter: {adapter.adapter}`", "adapter")
+
+
+def check(model: ModelSection, adapter: AdapterSection) -> list[Problem]:
+    """What this machine lacks for weights in 4 or 8 bits."""
+    bits = wants_quantized_load(model, adapter)
+    return missing_extra("bitsandbytes", "bitsandbytes", *_asked_for(model, adapter, bits)) if bits else []
+
+
 def quantization_config(
     model: ModelSection, adapter: AdapterSection, dtype: torch.dtype
 ) -> transformers.BitsAndBytesConfig | None:
@@ -47,7 +59,7 @@ def quantization_config(
     bits = wants_quantized_load(model, adapter)
     if not bits:
         return None
-    require_extra("bitsandbytes", "bitsandbytes", f"`load_in_{bits}bit: true`")
+    require_extra("bitsandbytes", "bitsandbytes", *_asked_for(model, adapter, bits))
     if bits == 8:
         # It tells of every cast of every layer in every step.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

@@ -91,6 +91,15 @@ def _holds_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
+def _no_tokenizer(key: str, name: str, place: Place | None) -> Problem:
+    return _said(
+        key,
+        f"`{key}: {name}` holds no tokenizer.",
+        f"One of these files has to be there: {', '.join(TOKENIZER_FILES[:4])}.",
+        place,
+    )
+
+
 def _read(
     model: ModelSection, name: str, key: str, place: Place | None, own_class: bool = True
 ) -> PreTrainedTokenizerBase:
@@ -98,14 +107,7 @@ def _read(
     if folder is None and not could_be_hub_id(name):
         raise ModelError(missing_folder(key, name, place))
     if folder is not None and not _holds_tokenizer(folder):
-        raise ModelError(
-            _said(
-                key,
-                f"`{key}: {name}` holds no tokenizer.",
-                f"One of these files has to be there: {', '.join(TOKENIZER_FILES[:4])}.",
-                place,
-            )
-        )
+        raise ModelError(_no_tokenizer(key, name, place))
     options: dict[str, Any] = {"use_fast": model.tokenizer_use_fast is not False}
     if model.trust_remote_code:
         options["trust_remote_code"] = True
@@ -116,7 +118,7 @@ def _read(
     source = str(folder) if folder is not None else name
     try:
         if own_class and model.tokenizer_type and model.tokenizer_type != "AutoTokenizer":
-            tokenizer = _read_as(model.tokenizer_type, source, options, place)
+            tokenizer = _read_as(model.tokenizer_type, source, options)
         else:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
@@ -124,22 +126,13 @@ def _read(
     return tokenizer
 
 
-def _read_as(
-    class_name: str, source: str, options: dict[str, Any], place: Place | None
-) -> PreTrainedTokenizerBase:
+def _read_as(class_name: str, source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer through the class the user wrote, unless that class reads the vocabulary wrongly."""
     cls = getattr(transformers, class_name, None)
     if cls is None or not hasattr(cls, "from_pretrained"):
         if options.get("trust_remote_code"):
             return AutoTokenizer.from_pretrained(source, **options)
-        raise ModelError(
-            _said(
-                "tokenizer_type",
-                f"`tokenizer_type: {class_name}` is no class of transformers.",
-                "Leave `tokenizer_type` out, or write `AutoTokenizer`.",
-                place,
-            )
-        )
+        raise ModelError(_no_class(class_name))
     plain = {k: v for k, v in options.items() if k != "use_fast"}
     file = Path(source) / "tokenizer.json"
     try:
@@ -154,6 +147,28 @@ def _read_as(
     chosen = AutoTokenizer.from_pretrained(source, **options)
     warn(f"`tokenizer_type: {class_name}` is not used: {reason}. {type(chosen).__name__} is used instead.")
     return chosen
+
+
+def _no_class(class_name: str) -> Problem:
+    return _said(
+        "tokenizer_type",
+        f"`tokenizer_type: {class_name}` is no class of transformers.",
+        "Leave `tokenizer_type` out, or write `AutoTokenizer`.",
+        None,
+    )
+
+
+def check(model: ModelSection) -> list[Problem]:
+    """What is wrong with the tokenizer's keys and folder, as far as it can be seen without reading a vocabulary."""
+    problems = []
+    name, kind = model.tokenizer_config, model.tokenizer_type
+    if name and (folder := local_folder(name)) is None and not could_be_hub_id(name):
+        problems.append(missing_folder("tokenizer_config", name))
+    elif name and folder is not None and not _holds_tokenizer(folder):
+        problems.append(_no_tokenizer("tokenizer_config", name, None))
+    if kind and kind not in dir(transformers) and not model.trust_remote_code:
+        problems.append(_no_class(kind))
+    return problems
 
 
 def _encodes_alike(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:

@@ -42,11 +42,11 @@ def _kind(plain: type[Any]) -> type[Any]:
     return GrokAdamW
 
 
-@optimizers.register("grokadamw", extra="optimizers")
+@optimizers.register("grokadamw", extra="optimizers", package="grokadamw")
 def grokadamw(groups: list[Group], optim: OptimSection, model: torch.nn.Module) -> torch.optim.Optimizer:
     """GrokAdamW: AdamW that amplifies slow gradients."""
     before = logging.root.handlers[:], logging.root.level
-    package = require_extra("grokadamw", "optimizers", f"The optimizer `{optim.optimizer}`")
+    package = require_extra("grokadamw", "optimizers", f"`optimizer: {optim.optimizer}`", "optimizer")
     # Its import turns on the log lines of every library.
     logging.root.handlers[:], _ = before
     logging.root.setLevel(before[1])

@@ -81,7 +81,7 @@ def _on_cpu(groups: list[Group]) -> bool:
 
 def _bitsandbytes(name: str, groups: list[Group], model: nn.Module, arguments: dict[str, Any]) -> Optimizer:
     """An optimizer of bitsandbytes. Embeddings keep their state in 32 bits: 8 make them unstable."""
-    package = require_extra("bitsandbytes", "bitsandbytes", f"The optimizer `{name}`")
+    package = require_extra("bitsandbytes", "bitsandbytes", f"`optimizer: {name}`", "optimizer")
     kind = {
         "adamw": "AdamW",
         "lion": "Lion",
@@ -110,13 +110,16 @@ def _bitsandbytes(name: str, groups: list[Group], model: nn.Module, arguments: d
     "paged_adamw_32bit",
     "paged_adamw",
     extra="bitsandbytes",
+    package="bitsandbytes",
 )
 def adamw_bitsandbytes(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """AdamW with its state in 8 bits, or paged out of the GPU's memory when that runs short."""
     return _bitsandbytes(optim.optimizer, groups, model, adam(optim))
 
 
-@optimizers.register("lion_8bit", "paged_lion_8bit", "paged_lion_32bit", extra="bitsandbytes")
+@optimizers.register(
+    "lion_8bit", "paged_lion_8bit", "paged_lion_32bit", extra="bitsandbytes", package="bitsandbytes"
+)
 def lion_bitsandbytes(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """Lion with its state in 8 bits, or paged."""
     own = {"lr": optim.learning_rate, "betas": adam_betas(optim, (0.9, 0.99))}
@@ -124,7 +127,12 @@ def lion_bitsandbytes(groups: list[Group], optim: OptimSection, model: nn.Module
 
 
 @optimizers.register(
-    "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", extra="bitsandbytes"
+    "ademamix",
+    "ademamix_8bit",
+    "paged_ademamix_32bit",
+    "paged_ademamix_8bit",
+    extra="bitsandbytes",
+    package="bitsandbytes",
 )
 def ademamix(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """AdEMAMix: AdamW with a second, slower average of the gradients."""
@@ -133,47 +141,61 @@ def ademamix(groups: list[Group], optim: OptimSection, model: nn.Module) -> Opti
     return _bitsandbytes(optim.optimizer, groups, model, own | options(optim))
 
 
-@optimizers.register("rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", extra="bitsandbytes")
+@optimizers.register(
+    "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", extra="bitsandbytes", package="bitsandbytes"
+)
 def rmsprop_bitsandbytes(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     return _bitsandbytes(optim.optimizer, groups, model, {"lr": optim.learning_rate} | options(optim))
 
 
 @optimizers.register(
-    "adamw_torch_8bit", "adamw_torch_4bit", "ao_adamw_8bit", "ao_adamw_4bit", "ao_adamw_fp8", extra="torchao"
+    "adamw_torch_8bit",
+    "adamw_torch_4bit",
+    "ao_adamw_8bit",
+    "ao_adamw_4bit",
+    "ao_adamw_fp8",
+    extra="torchao",
+    package="torchao",
 )
 def adamw_torchao(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """AdamW of torchao, its state in 8 bits, 4 bits or 8-bit floats."""
-    package = require_extra("torchao.optim", "torchao", f"The optimizer `{optim.optimizer}`")
+    package = require_extra("torchao.optim", "torchao", f"`optimizer: {optim.optimizer}`", "optimizer")
     kind = next(
         k for end, k in (("8bit", "8bit"), ("4bit", "4bit"), ("fp8", "Fp8")) if optim.optimizer.endswith(end)
     )
     return getattr(package, f"AdamW{kind}")(groups, **adam(optim))
 
 
-@optimizers.register("schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam", extra="optimizers")
+@optimizers.register(
+    "schedule_free_adamw",
+    "schedule_free_sgd",
+    "schedule_free_radam",
+    extra="optimizers",
+    package="schedulefree",
+)
 def schedule_free(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """An optimizer that averages its own path instead of following a schedule; use it with a constant one."""
-    package = require_extra("schedulefree", "optimizers", f"The optimizer `{optim.optimizer}`")
+    package = require_extra("schedulefree", "optimizers", f"`optimizer: {optim.optimizer}`", "optimizer")
     if optim.optimizer.endswith("sgd"):
         return package.SGDScheduleFree(groups, lr=optim.learning_rate, **options(optim))
     kind = package.RAdamScheduleFree if optim.optimizer.endswith("radam") else package.AdamWScheduleFree
     return kind(groups, **adam(optim))
 
 
-@optimizers.register("optimi_adamw", "stable_adamw", extra="optimizers")
+@optimizers.register("optimi_adamw", "stable_adamw", extra="optimizers", package="optimi")
 def optimi(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """AdamW of optimi, exact in pure bfloat16 by Kahan summation; or StableAdamW, which clips its own updates."""
-    package = require_extra("optimi", "optimizers", f"The optimizer `{optim.optimizer}`")
+    package = require_extra("optimi", "optimizers", f"`optimizer: {optim.optimizer}`", "optimizer")
     kind = package.StableAdamW if optim.optimizer == "stable_adamw" else package.AdamW
     # Left to itself it takes Triton wherever that is installed.
     own = {"triton": False} if _on_cpu(groups) else {}
     return kind(groups, **(own | adam(optim)))
 
 
-@optimizers.register("came_pytorch", extra="optimizers")
+@optimizers.register("came_pytorch", extra="optimizers", package="came_pytorch")
 def came(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """CAME: Adafactor's memory with Adam's stability."""
-    package = require_extra("came_pytorch", "optimizers", f"The optimizer `{optim.optimizer}`")
+    package = require_extra("came_pytorch", "optimizers", f"`optimizer: {optim.optimizer}`", "optimizer")
     third = 0.9999 if optim.adam_beta3 is None else optim.adam_beta3
     eps = (optim.adam_epsilon or 1e-30, optim.adam_epsilon2 or 1e-16)
     own = {"lr": optim.learning_rate, "betas": (*adam_betas(optim), third), "eps": eps}

@@ -5,6 +5,7 @@ An optimizer is a builder `(groups, optim, model) -> torch.optim.Optimizer`, a s
 
 unavailable   why it cannot be used here, and what to use instead
 extra         the extra that brings the package it needs
+package       the module that has to be there for it
 """
 
 from __future__ import annotations
@@ -12,7 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from axolotl.registry import Registry
+from axolotl.config.optim import OptimSection
+from axolotl.errors import Problem
+from axolotl.registry import Registry, missing_extra
 
 optimizers: Registry[Callable[..., Any]] = Registry("optimizer", "axolotl.optim", "optimizers")
 schedules: Registry[Callable[..., Any]] = Registry("lr_scheduler", "axolotl.optim", "schedules")
+
+
+def check(optim: OptimSection) -> list[Problem]:
+    """What this machine lacks for the optimizer that was asked for. A name that is not known is told elsewhere."""
+    name = optim.optimizer
+    facts = optimizers.describe(name).facts if name in optimizers else {}
+    if "package" not in facts:
+        return []
+    return missing_extra(facts["package"], facts["extra"], f"`optimizer: {name}`", "optimizer")

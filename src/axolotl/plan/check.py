@@ -62,18 +62,22 @@ def load_config(
     return config.load_config(sources, overrides, verb=verb, checks=(component_problems,))
 
 
-def component_problems(cfg: Config) -> list[Problem]:
-    """Names in the config that no component answers to, or that one is known for but not built yet."""
+def component_problems(cfg: Config, *, complete: bool = False) -> list[Problem]:
+    """Names in the config that no component answers to, or that one is known for but not built yet.
+
+    A name that nobody knows may be one of the config's own plugins, unless these are imported: `complete`.
+    """
+    all_known = complete or not own_plugins(cfg)
     return [
-        *_named(cfg, "optimizer", optimizers),
-        *_named(cfg, "lr_scheduler", schedules),
-        *_adapter(cfg),
-        *_formats(cfg),
+        *_named(cfg, "optimizer", optimizers, all_known),
+        *_named(cfg, "lr_scheduler", schedules, all_known),
+        *_adapter(cfg, all_known),
+        *_formats(cfg, all_known),
         *_templates(cfg),
     ]
 
 
-def _named(cfg: Config, key: str, registry: Registry[Any]) -> Iterator[Problem]:
+def _named(cfg: Config, key: str, registry: Registry[Any], all_known: bool) -> Iterator[Problem]:
     name = cfg.get(key)
     if name in registry:
         reason = registry.describe(name).facts.get("unavailable")
@@ -88,7 +92,7 @@ def _named(cfg: Config, key: str, registry: Registry[Any]) -> Iterator[Problem]:
         yield cfg.problem(
             f"`{key}: {name}` is gone.", f"Choose another, such as `{key}: cosine`.", key, kind="removed"
         )
-    elif not own_plugins(cfg):
+    elif all_known:
         usable = [each for each in registry if "unavailable" not in registry.describe(each).facts]
         yield _unknown(cfg, key, name, usable)
 
@@ -103,7 +107,7 @@ def _unknown(cfg: Config, key: str, name: str, known: Sequence[str]) -> Problem:
     return cfg.problem(message, near or f"Write one of {listed}.", key)
 
 
-def _adapter(cfg: Config) -> Iterator[Problem]:
+def _adapter(cfg: Config, all_known: bool) -> Iterator[Problem]:
     name = cfg.adapter.adapter
     if name is None or name in ADAPTERS:
         return
@@ -113,11 +117,11 @@ def _adapter(cfg: Config) -> Iterator[Problem]:
     elif name in ADAPTER_FLAGS:
         known = " or ".join(f"`{each}`" for each in ADAPTERS)
         yield cfg.problem(f"`adapter` is `{name}`; it takes {known}.", ADAPTER_FLAGS[name], "adapter")
-    elif not own_plugins(cfg):
+    elif all_known:
         yield _unknown(cfg, "adapter", name, ADAPTERS)
 
 
-def _formats(cfg: Config) -> Iterator[Problem]:
+def _formats(cfg: Config, all_known: bool) -> Iterator[Problem]:
     if cfg.is_set("rl") or cfg.is_set("reward_model") or cfg.is_set("process_reward_model"):
         # Their types are another family's; the method itself is told about already.
         return
@@ -134,7 +138,7 @@ def _formats(cfg: Config) -> Iterator[Problem]:
                 )
                 continue
             found = check_type(entry, cfg.place(key))
-            if found is not None and not (own_plugins(cfg) and found.kind == "invalid_value"):
+            if found is not None and (all_known or found.kind != "invalid_value"):
                 message = found.message[:1].upper() + found.message[1:]
                 yield cfg.problem(message, found.remedy, key, kind=found.kind)
 

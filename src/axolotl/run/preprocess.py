@@ -19,6 +19,7 @@ from axolotl.distributed.world import world
 from axolotl.errors import DataError
 from axolotl.model.files import check_base_model
 from axolotl.model.hub import check_hub
+from axolotl.model.tokenizer import check as tokenizer_check
 from axolotl.model.tokenizer import load_tokenizer
 from axolotl.report.dataset import write_report
 from axolotl.run.ready import ready, refuse, told_with_places
@@ -56,9 +57,8 @@ def preprocess(
 
 def tokenizer_of(cfg: Config, adapter_dir: Path | None = None) -> Any:
     """The tokenizer of the config, after a look at the files of the base model."""
-    place = cfg.place("base_model")
-    refuse([*check_base_model(cfg.model, place), *check_hub(cfg.model.base_model, place=place)])
-    return load_tokenizer(cfg.model, adapter_dir, place=place)
+    refuse([*check_base_model(cfg.model), *tokenizer_check(cfg.model), *check_hub(cfg.model.base_model)])
+    return load_tokenizer(cfg.model, adapter_dir)
 
 
 def prepare_data(cfg: Config, tokenizer: Any) -> Prepared:

@@ -39,13 +39,14 @@ def told_with_places(verb: Callable[Concatenate[Config, P], R]) -> Callable[Conc
         try:
             return verb(cfg, *args, **kwargs)
         except UserError as error:
-            error.problems = tuple(_placed(cfg, problem) for problem in error.problems)
+            error.problems = tuple(placed(cfg, problem) for problem in error.problems)
             raise
 
     return wrapped
 
 
-def _placed(cfg: Config, problem: Problem) -> Problem:
+def placed(cfg: Config, problem: Problem) -> Problem:
+    """A problem with the places of its keys, where it has none."""
     found = cfg.problem("", "", *problem.keys)
     if problem.places or not found.places:
         return problem
@@ -61,7 +62,7 @@ def ready(cfg: Config, hardware: Hardware) -> Config:
         transformers_logging.disable_progress_bar()
     import_plugins(cfg)
     if own_plugins(cfg):
-        refuse(component_problems(cfg))
+        refuse(component_problems(cfg, complete=True))
     resolved, changes = resolve(cfg, hardware)
     for change in changes:
         console.detail(f"{change.key}: {change.value} ({change.reason})")
@@ -81,7 +82,14 @@ def refuse(problems: Sequence[Problem]) -> None:
 
 def check_output(cfg: Config) -> list[Problem]:
     """Whether output_dir can be written, without writing anything."""
-    folder = Path(cfg.output.output_dir).expanduser()
+    return check_folder(cfg, "output_dir", cfg.output.output_dir)
+
+
+def check_folder(cfg: Config, key: str, name: str | None) -> list[Problem]:
+    """Whether the folder that a key names can be written, without writing anything; none for a key that is not set."""
+    if not name:
+        return []
+    folder = Path(name).expanduser()
     reason = ""
     for there in (folder, *folder.absolute().parents):
         if there.exists():
@@ -92,8 +100,8 @@ def check_output(cfg: Config) -> list[Problem]:
             break
     if not reason:
         return []
-    message = f"`output_dir: {cfg.output.output_dir}` cannot be written: {reason}."
-    return [cfg.problem(message, "Choose another folder.", "output_dir", kind="path")]
+    message = f"`{key}: {name}` cannot be written: {reason}."
+    return [cfg.problem(message, "Choose another folder.", key, kind="path")]
 
 
 def _takes_folders(there: Path, folder: Path) -> bool:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from axolotl import console
-from axolotl.config import Config, Hardware, unbuilt
-from axolotl.config.rules.devices import several_devices_needed
+from axolotl.config import Config, Hardware
 from axolotl.data.chat import choose_template
 from axolotl.data.stream import Stream
 from axolotl.distributed.world import detect_hardware, only_repeatable_kernels, world
@@ -17,11 +16,12 @@ from axolotl.model.attention import missing_backend
 from axolotl.model.load import load_model
 from axolotl.model.tokenizer import new_token_ids
 from axolotl.report.run import write_run_report
+from axolotl.run.beforehand import problems_beforehand
 from axolotl.run.budget import within_ram
 from axolotl.run.memory import automatic, tell_memory
 from axolotl.run.merge import merge_trained
 from axolotl.run.preprocess import stop_tokens, tokenizer_of, training_data
-from axolotl.run.ready import check_output, ready, refuse, told_with_places
+from axolotl.run.ready import ready, refuse, told_with_places
 from axolotl.train.build import attention_for, build_trainer
 from axolotl.train.session import TrainResult, resume_point, seed_everything
 from axolotl.train.session import train as run_trainer
@@ -34,9 +34,7 @@ def train(cfg: Config) -> TrainResult:
     Raises a UserError for whatever the user can mend, most of it before any model is loaded.
     """
     hardware = detect_hardware()
-    alone = several_devices_needed(cfg, world().size)
-    told = {key for problem in alone for key in problem.keys}
-    refuse([*alone, *(p for p in unbuilt(cfg) if not told.intersection(p.keys)), *check_output(cfg)])
+    refuse(problems_beforehand(cfg, hardware, data=False))
     cfg = ready(automatic(cfg, hardware), hardware)
     attention = attention_for(cfg.model, cfg.data, hardware)
     tell_attention(cfg, hardware, attention.name)
@@ -64,7 +62,6 @@ def train(cfg: Config) -> TrainResult:
             seed=seed,
             stop_tokens=stop_tokens(cfg, tokenizer),
             adapter_dir=before,
-            place=cfg.place("base_model"),
         )
     if cfg.adapter.adapter is not None:
         model = add_adapter(

@@ -57,8 +57,12 @@ from axolotl.train.watch import HangWatch, TimeLimit
 
 def attention_for(model: ModelSection, data: DataSection, hardware: Hardware) -> AttentionChoice:
     """The attention of a training run: what the model has to be loaded with."""
-    packs = data.sample_packing or bool(data.eval_sample_packing) or data.batch_flattening is True
-    return choose_attention(model, packs, hardware)
+    return choose_attention(model, packs_rows(data), hardware)
+
+
+def packs_rows(data: DataSection) -> bool:
+    """Whether several documents share a row, in training or in evaluation."""
+    return bool(data.sample_packing or data.eval_sample_packing or data.batch_flattening is True)
 
 
 def build_trainer(

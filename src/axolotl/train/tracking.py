@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import queue
 import threading
@@ -17,6 +16,7 @@ from transformers.trainer_callback import TrainerCallback
 from axolotl.config.output import OutputSection
 from axolotl.config.tracking import TrackingSection
 from axolotl.errors import EnvironmentProblem, Problem
+from axolotl.registry import missing_extra
 from axolotl.train.provenance import RECORDERS, finish
 
 PACKAGES = {
@@ -34,29 +34,36 @@ def trackers(tracking: TrackingSection) -> list[str]:
 
     Raises EnvironmentProblem, with all of them at once, for packages that are not installed.
     """
-    asked = {
-        "tensorboard": tracking.use_tensorboard,
-        "wandb": bool(tracking.wandb_project) if tracking.use_wandb is None else tracking.use_wandb,
-        "mlflow": bool(tracking.mlflow_experiment_name)
-        if tracking.use_mlflow is None
-        else tracking.use_mlflow,
-        "comet_ml": bool(tracking.comet_project_name) if tracking.use_comet is None else tracking.use_comet,
-        "trackio": bool(tracking.trackio_project_name)
-        if tracking.use_trackio is None
-        else tracking.use_trackio,
-    }
-    found = [name for name, on in asked.items() if on]
-    missing = [name for name in found if importlib.util.find_spec(PACKAGES[name]) is None]
+    missing = check(tracking)
     if missing:
-        raise EnvironmentProblem(
-            Problem(
-                f"Tracking with `{name}` needs the package `{PACKAGES[name]}`, which is not installed.",
-                f"Install it with: pip install 'axolotl[{name.removesuffix('_ml')}]'",
-                "environment",
-            )
-            for name in missing
+        raise EnvironmentProblem(missing)
+    return list(_asked(tracking))
+
+
+def check(tracking: TrackingSection) -> list[Problem]:
+    """What this machine lacks for the trackers that were asked for."""
+    return [
+        problem
+        for name, key in _asked(tracking).items()
+        for problem in missing_extra(
+            PACKAGES[name], name.removesuffix("_ml"), f"Tracking with `{name}` (`{key}`)", key
         )
-    return found
+    ]
+
+
+def _asked(tracking: TrackingSection) -> dict[str, str]:
+    """The trackers asked for, each with the key that asks: a switch, or the name of a project where it is not set."""
+    asked = {"tensorboard": "use_tensorboard"} if tracking.use_tensorboard else {}
+    for name, switch, project in (
+        ("wandb", "use_wandb", "wandb_project"),
+        ("mlflow", "use_mlflow", "mlflow_experiment_name"),
+        ("comet_ml", "use_comet", "comet_project_name"),
+        ("trackio", "use_trackio", "trackio_project_name"),
+    ):
+        wanted = getattr(tracking, switch)
+        if wanted or (wanted is None and getattr(tracking, project)):
+            asked[name] = switch if wanted else project
+    return asked
 
 
 def tracking_environment(tracking: TrackingSection, output: OutputSection) -> dict[str, str]:

@@ -1,0 +1,128 @@
+"""What is wrong with a run is told before any work: all of it, with places, by `check` and by `train` alike."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from axolotl.config import Hardware
+from axolotl.errors import ConfigError, Problem, UserError
+from axolotl.plan.check import load_config
+from axolotl.run.beforehand import problems_beforehand
+from axolotl.run.check import check
+from axolotl.run.train import train
+
+MODEL = Path(__file__).parents[1] / "fixtures" / "tiny-llama3"
+CPU = Hardware(cpus=2)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """config(more) → the path of a config that is right but for the lines of `more`."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": "say a", "output": "a"}] * 4
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = {
+        "base_model": MODEL,
+        "datasets": "[{path: rows.jsonl, type: alpaca}]",
+        "output_dir": "out",
+        "micro_batch_size": 1,
+        "learning_rate": "1e-4",
+    }
+
+    def write(more: str = "") -> Path:
+        mine = {line.partition(":")[0] for line in more.splitlines()}
+        lines = [f"{key}: {value}" for key, value in base.items() if key not in mine]
+        Path("c.yml").write_text("\n".join([*lines, more]) + "\n")
+        return Path("c.yml")
+
+    return write
+
+
+def fatal(problems: object) -> list[Problem]:
+    return [p for p in problems if p.fatal]  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """A machine without optional packages."""
+    found = importlib.util.find_spec
+    optional = {"wandb", "mlflow", "bitsandbytes", "schedulefree", "torchao"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name in optional else found(name, *rest)
+    )
+
+
+WRONG = [
+    ("wandb_project: mine", "wandb_project"),
+    ("use_mlflow: true", "use_mlflow"),
+    ("optimizer: schedule_free_adamw", "optimizer"),
+    ("optimizer: paged_adamw_8bit", "optimizer"),
+    ("optimizer: ao_adamw_8bit", "optimizer"),
+    (
+        "adapter: qlora\nlora_r: 4\nlora_alpha: 8\nlora_target_linear: true\nload_in_4bit: true",
+        "load_in_4bit",
+    ),
+    ("attn_implementation: flex_attention", "attn_implementation"),
+    ("chat_template: jinja\nchat_template_jinja: ./nope.jinja", "chat_template_jinja"),
+    ("tokenizer_config: ./nope", "tokenizer_config"),
+    ("tokenizer_type: Foo", "tokenizer_type"),
+    ("model_type: Bar", "model_type"),
+    ("resume_from_checkpoint: nope", "resume_from_checkpoint"),
+    ("dataset_prepared_path: /proc/prepared", "dataset_prepared_path"),
+    ("output_dir: /proc/out", "output_dir"),
+    ("base_model: ./nomodel", "base_model"),
+    ("datasets: [{path: nope.jsonl, type: alpaca}]", "datasets[0].path"),
+]
+
+
+@pytest.mark.parametrize(("more", "key"), WRONG, ids=[key + str(i) for i, (_, key) in enumerate(WRONG)])
+def test_a_mistake_is_told_with_its_line_by_check_and_train(config, bare, more: str, key: str) -> None:
+    file = config(more)
+    line = next(
+        i for i, text in enumerate(file.read_text().splitlines(), 1) if text.startswith(key.split("[")[0])
+    )
+    [problem] = fatal(check(load_config(file)))
+    if problem.keys:
+        assert problem.keys[0] == key
+    assert [p.line for p in problem.places] == [line]
+    assert problem.remedy
+    with pytest.raises(UserError) as caught:
+        train(load_config(file))
+    assert [(p.message, p.places[0].line) for p in caught.value.problems] == [(problem.message, line)]
+    assert not Path("out").exists() and not Path("last_run_prepared").exists()
+
+
+def test_all_mistakes_are_told_at_once(config, bare) -> None:
+    more = "\n".join(
+        [
+            "output_dir: /proc/out",
+            "base_model: ./nomodel",
+            "datasets: [{path: nope.jsonl, type: alpaca}]",
+            "attn_implementation: flex_attention",
+            "optimizer: adamw_8bit",
+            "wandb_project: mine",
+        ]
+    )
+    with pytest.raises(ConfigError) as caught:
+        train(load_config(config(more)))
+    assert {p.places[0].line for p in caught.value.problems} == {3, 4, 5, 6, 7, 8}
+
+
+def test_a_run_that_is_right_does_not_open_its_data_twice(config, monkeypatch) -> None:
+    monkeypatch.setattr("axolotl.run.beforehand.open_source", pytest.fail)
+    assert problems_beforehand(load_config(config()), CPU, data=False) == []
+
+
+def test_names_are_looked_at_once_plugins_are_there(config, tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "plugin_of_nothing.py").write_text("")
+    (tmp_path / "plugin_that_fails.py").write_text("raise ValueError('no')")
+    [problem] = fatal(check(load_config(config("plugins: [plugin_of_nothing]\noptimizer: adamwww"))))
+    assert (problem.keys, problem.places[0].line) == (("optimizer",), 7)
+    [problem] = fatal(check(load_config(config("plugins: [plugin_that_fails]"))))
+    assert "ValueError: no" in problem.message
+    assert problem.places[0].line == 6
