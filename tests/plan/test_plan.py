@@ -375,3 +375,15 @@ def test_the_batches_of_a_step(write: Callable[..., Path]) -> None:
     other = changed(cfg, {"micro_batch_size": 2, "gradient_checkpointing": True})
     assert other.train.eval_batch_size == 2
     assert other.train.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+def test_the_docs_show_what_was_compared(project: Path) -> None:
+    """The table of docs/plan.md is that of the saved comparison, and its errors are within what is claimed."""
+    saved = json.loads((project / "benchmarks" / "results" / "plan_points.json").read_text())
+    page = (project / "docs" / "plan.md").read_text(encoding="utf-8")
+    table = page.split("<!-- points -->")[1].split("<!-- /points -->")[0]
+    assert len(saved["rows"]) == table.count("\n| ") - 1
+    for row in saved["rows"]:
+        shown = f"| {row['name']} | {row['measured_gib']:.2f} | {row['predicted_gib']:.2f} | {row['memory_error']:+.2%} |"
+        assert shown in table
+        assert -0.02 <= row["memory_error"] <= 0.05

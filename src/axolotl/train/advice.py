@@ -1,4 +1,4 @@
-"""Says what a loss means: before the first step, and when it stays flat or jumps; each time with the evidence."""
+"""Says what a loss means: before the first step, and when it stays flat; each time with the evidence."""
 
 from __future__ import annotations
 
@@ -31,9 +31,6 @@ WINDOW = 20
 FLAT = 0.01
 """Part of the first mean by which the loss has to have fallen after `PATIENCE` log lines."""
 PATIENCE = 100
-JUMP = 6.0
-"""Standard deviations above the last lines' mean (and a quarter of that mean) that count as a jump."""
-MOST_JUMPS = 3
 
 
 def trained_share(rows: TokenRows) -> float:
@@ -55,7 +52,6 @@ class LossAdvice(TrainerCallback):
         rows = trainer.parts.batches.rows
         self.share = trained_share(rows) if isinstance(rows, TokenRows) and len(rows) else None
         self.told_flat = False
-        self.jumps = 0
 
     def on_train_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         share = self.share
@@ -129,22 +125,8 @@ class LossAdvice(TrainerCallback):
             return
         lines = [line for line in state.log_history if "loss" in line and math.isfinite(line["loss"])]
         losses = [float(line["loss"]) for line in lines]
-        if len(lines) > WINDOW and lines[-1] is state.log_history[-1]:
-            self._jumped(losses, lines[-1])
         if not self.told_flat and len(lines) == PATIENCE:
             self._flat(losses, lines[-1])
-
-    def _jumped(self, losses: Sequence[float], line: dict[str, Any]) -> None:
-        before = losses[-WINDOW - 1 : -1]
-        mean = statistics.fmean(before)
-        limit = mean + max(JUMP * statistics.pstdev(before), 0.25 * mean)
-        if losses[-1] <= limit or self.jumps >= MOST_JUMPS:
-            return
-        self.jumps += 1
-        self.trainer.tell(
-            f"The loss jumped from {mean:.3f} (mean of {WINDOW} lines) to {losses[-1]:.3f} at step {line.get('step')}; "
-            f"{self._evidence(line)}. Lower `learning_rate`, raise `warmup_steps`, or look at that step's rows. [AX1207]"
-        )
 
     def _flat(self, losses: Sequence[float], line: dict[str, Any]) -> None:
         first, last = statistics.fmean(losses[:WINDOW]), statistics.fmean(losses[-WINDOW:])

@@ -284,7 +284,7 @@ class Steps(_Base):
         where = f" Its rows are in {file}." if file is not None else ""
         said = f"Step {self.state.global_step + 1} is out of the ordinary: {'; '.join(map(str, found))}"
         if number <= TOLD_ONE_BY_ONE or number % 10 == 0:
-            self.tell(f"{said} ({number} so far).{where}")
+            self.tell(f"{said} ({number} so far).{where} [AX1207]")
         if patience is not None and self.spikes.streak >= patience:
             raise TrainingDiverged(
                 Problem(
@@ -292,6 +292,7 @@ class Steps(_Base):
                     f"Look at the rows in {file or 'anomalies.jsonl'}. Lower `learning_rate` or `max_grad_norm`, or "
                     "mend the data; then resume from a checkpoint before it.",
                     keys=("spike_patience",),
+                    code="AX1207",
                 )
             )
 

@@ -168,13 +168,16 @@ def several_devices_needed(cfg: Config, processes: int) -> list[Problem]:
     distributed, found = cfg.distributed, []
     for key, name in (("deepspeed", "DeepSpeed"), ("fsdp_config", "FSDP")):
         if getattr(distributed, key):
+            place = cfg.key_place(key)
             found.append(
-                cfg.problem(
+                Problem(
                     f"`{key}`: there is one device and one process, and {name} divides a model among several.",
                     f"Delete the line `{key}:`, or start on several GPUs.",
-                    key,
-                    kind="conflict",
-                    code="AX1407",
+                    "conflict",
+                    (key,),
+                    (place,),
+                    cfg.excerpt(place),
+                    "AX1407",
                 )
             )
     return found
