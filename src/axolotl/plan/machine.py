@@ -282,7 +282,7 @@ def _extras() -> Iterator[Finding]:
         "extras not here",
         "ok",
         "; ".join(lack) or "none",
-        "pip install 'axolotl[NAME]' brings one." if lack else "",
+        "Install one by its name in brackets, as in the error that asks for it." if lack else "",
     )
 
 
