@@ -332,6 +332,25 @@ def test_too_many_dropped_rows_fail_the_run(tmp_path: Path, tokenizer: Any) -> N
         prepare(strict, tokenizer)
 
 
+def test_holding_out_every_row_is_told_by_the_preparation(tmp_path: Path, tokenizer: Any) -> None:
+    path = write_rows(tmp_path / "a.jsonl", alpaca(10))
+    with pytest.raises(DataError, match="hold out 10 of 10 rows"):
+        prepare(section(path, folder=tmp_path / "p", val_set_size=10), tokenizer)
+
+
+def test_a_template_that_cannot_be_read_is_told_at_its_dataset(tmp_path: Path, tokenizer: Any) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "q"}]}])
+    entry = {
+        "path": str(path),
+        "type": "chat_template",
+        "chat_template": "jinja",
+        "chat_template_jinja": "{{ x }",
+    }
+    with pytest.raises(DataError, match="not valid Jinja") as raised:
+        prepare(section(folder=tmp_path / "p", datasets=[entry]), tokenizer, places=lambda k: Place(k, 7))
+    assert raised.value.problems[0].places == (Place("datasets[0]", 7),)
+
+
 def test_a_file_that_changes_while_it_is_read(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

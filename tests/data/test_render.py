@@ -266,6 +266,30 @@ def test_a_refusing_template_is_a_problem_of_the_row() -> None:
     assert isinstance(result, RowProblem) and "roles must alternate" in result.detail
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}{{ m.foo.bar }}{% endfor %}", "a message has no attribute 'foo'"),
+        ("{% for m in messages %}{{ m.content.foo.bar }}{% endfor %}", "a text has no attribute 'foo'"),
+        ("{% for i in range(10 ** 9) %}x{% endfor %}", "OverflowError"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{% macro m(x) %}{{ m(x) }}{% endmacro %}{{ m(1) }}", "RecursionError"),
+    ],
+)
+def test_a_failing_template_is_a_problem_of_the_row(template: str, said: str) -> None:
+    r = renderer(entry={"chat_template": "jinja", "chat_template_jinja": template})
+    r.problems()
+    result = r.render_batch([Conversation([Message("user", "q")])])[0]
+    assert isinstance(result, RowProblem) and said in result.detail
+
+
+def test_a_misspelt_role_to_train_is_told() -> None:
+    entry = {"chat_template": "chatml", "roles_to_train": ["assistant", "humna"]}
+    (told,) = renderer(entry=entry).problems()
+    assert not told.fatal and "`humna`" in told.message and "`human`" in told.remedy
+    assert not renderer(entry={**entry, "roles_to_train": ["assistant", "bot"]}).problems()
+
+
 def test_pieces_are_tokenised_one_by_one_with_bos_and_eos() -> None:
     r = renderer("tiny-llama3", {"type": "alpaca"})
     row = one(r, Pieces([Piece("Question:", False, bos=True), Piece("Answer", True, eos=1)]))

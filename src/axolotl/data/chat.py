@@ -65,8 +65,8 @@ class ChatRenderer:
         self.variables = template_variables(tokenizer, data)
         self.train_on_inputs = bool(data.train_on_inputs)
         self.roles_to_train = trained_roles(entry)
-        self.known_roles = self.roles_to_train | self.template.words | set(DEFAULT_ROLES)
-        self.known_roles |= set(role_names(entry).values())
+        self._named_roles = {*DEFAULT_ROLES, *role_names(entry), *role_names(entry).values()}
+        self.known_roles = self.roles_to_train | self.template.words | self._named_roles
         on_eos: When = entry.train_on_eos or "turn"
         on_eot: When = entry.train_on_eot or on_eos
         self.notes: Counter[str] = Counter()
@@ -179,6 +179,17 @@ class ChatRenderer:
                         keys=("eot_tokens",),
                     )
                 )
+        for role in sorted(self.roles_to_train - self.template.words - self._named_roles):
+            near = difflib.get_close_matches(role, self._named_roles, n=1)
+            if near:
+                found.append(
+                    Problem(
+                        f"`roles_to_train` names `{role}`, which is no role here.",
+                        f"Did you mean `{near[0]}`?",
+                        kind="warning",
+                        keys=("roles_to_train",),
+                    )
+                )
         trains_assistant = "assistant" in self.roles_to_train or self.train_on_inputs
         if stop is None and self.rule.train_on_eos != "none" and trains_assistant:
             found.append(
@@ -241,7 +252,7 @@ class ChatRenderer:
             role = message.role
             if role in self.known_roles:
                 continue
-            names = sorted(set(role_names(self.entry)) | set(DEFAULT_ROLES))
+            names = sorted(self._named_roles)
             near = difflib.get_close_matches(role, names, n=1)
             raise RowProblem(
                 "unknown role",

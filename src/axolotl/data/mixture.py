@@ -73,11 +73,17 @@ def shard(rows: np.ndarray, count: int, index: int) -> np.ndarray:
 
 def split(rows: np.ndarray, val_set_size: float) -> tuple[np.ndarray, np.ndarray]:
     """The rows without their tail, and the tail: up to 1 a share (rounded up), above that a number of rows."""
+    count = held_out(len(rows), val_set_size)
+    return rows[: len(rows) - count], rows[len(rows) - count :]
+
+
+def held_out(rows: int, val_set_size: float) -> int:
+    """How many of `rows` rows are held out. Raises DataError where none would be left."""
     if not val_set_size:
-        return rows, rows[:0]
-    count = int(val_set_size) if val_set_size > 1 else math.ceil(val_set_size * len(rows))
-    if count >= len(rows):
-        message = f"`val_set_size` {val_set_size:g} would hold out {count:,} of {len(rows):,} rows"
+        return 0
+    count = int(val_set_size) if val_set_size > 1 else math.ceil(val_set_size * rows)
+    if count >= rows:
+        message = f"`val_set_size` {val_set_size:g} would hold out {count:,} of {rows:,} rows"
         raise DataError(
             Problem(
                 f"{message} and leave nothing to train on.",
@@ -86,7 +92,7 @@ def split(rows: np.ndarray, val_set_size: float) -> tuple[np.ndarray, np.ndarray
                 ("val_set_size",),
             )
         )
-    return rows[: len(rows) - count], rows[len(rows) - count :]
+    return count
 
 
 def _weighted(rows: np.ndarray, datasets: np.ndarray, weights: Sequence[float], seed: int) -> np.ndarray:

@@ -25,6 +25,7 @@ from axolotl.data.ledger import (
     summary_lines,
     write_parquet,
 )
+from axolotl.data.mixture import held_out
 from axolotl.data.prepared import Prepared
 from axolotl.data.progress import Progress
 from axolotl.data.shards import (
@@ -99,6 +100,9 @@ def prepare(
     for line in summary_lines(summaries):
         note(line)
     check_dropped(data, summaries)
+    train = sum(s.counts.rows for s in summaries if s.set == "train")
+    if train and not data.dataset_shard_num:
+        held_out(train, data.val_set_size)
     return Prepared(final, name, data, seed, summaries, reused)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,8 @@ def open_tasks(
             unfit = check_fields(format_, columns, entry, places(key))
             problems += [unfit] if unfit else renderer.problems()
         except UserError as error:
-            problems += error.problems
+            here = (places(key),)
+            problems += [p if p.places or p.keys else replace(p, places=here) for p in error.problems]
             continue
         limits = Limits(
             2 if data.min_sample_len is None else data.min_sample_len,

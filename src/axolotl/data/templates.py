@@ -220,15 +220,24 @@ class ChatTemplate:
                 at = end
         except jinja2.TemplateError as error:
             raise RowProblem(
-                "the chat template refuses the conversation", f"`{self.name}` says: {error.message or error}"
+                "the chat template refuses the conversation", f"`{self.name}` says: {_in_words(error)}"
             ) from None
-        except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        except Exception as error:  # a template is a program of its own, and may fail in any way
             raise RowProblem(
                 "the chat template fails on the conversation",
-                f"`{self.name}`: {type(error).__name__}: {error}",
+                f"`{self.name}`: {type(error).__name__}: {_in_words(error)}",
                 "A message may lack a field that the template reads.",
             ) from None
         return Trace("".join(parts), runs, own)
+
+
+def _in_words(error: Exception) -> str:
+    """What an error says, with the names of our classes replaced by what they stand for."""
+    text = str(getattr(error, "message", None) or error)
+    for ours, word in ((TurnDict, "a message"), (Traced, "a text")):
+        text = text.replace(f"'{ours.__module__}.{ours.__qualname__} object'", word)
+        text = text.replace(f"'{ours.__qualname__}' object", word)
+    return text
 
 
 def _traced_message(turn: int, message: Message, sources: list[Source]) -> TurnDict:
