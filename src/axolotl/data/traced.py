@@ -10,6 +10,7 @@ An empty string keeps one empty run, so that the place of an empty message is kn
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any, SupportsIndex
 
@@ -65,7 +66,7 @@ class Traced(str):
             if step == 1:
                 return self._cut(start, max(start, end))
             return _same(str.__getitem__(self, index), self)
-        start = index.__index__()
+        start = operator.index(index)
         text = str.__getitem__(self, start)
         start = start if start >= 0 else len(self) + start
         return self._cut(start, start + len(text))
