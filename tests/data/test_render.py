@@ -210,6 +210,17 @@ def test_tool_calls_are_trained_from_their_opening_tag() -> None:
     assert trained_stretches(QWEN_STYLE, one(renderer(), value)) == [wanted, "4<|im_end|>"]
 
 
+def test_what_looks_like_a_stop_in_an_answer_does_not_end_the_result_before_it() -> None:
+    """gemma4 writes calls, results and answer as one turn; `all` trains stops, and no quoted one."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"k": 1}}}
+    answer = Message("assistant", "<|eot_id|>x", {"tool_calls": [call]}, train=False)
+    value = Conversation([Message("user", "q"), answer, Message("tool", "4"), Message("assistant", "z")])
+    r = renderer("tiny-llama3", {"chat_template": "gemma4", "train_on_eos": "all"}, eot_tokens=["<|eot_id|>"])
+    trace = r.chat.template.trace(value, r.chat.variables)
+    keep, _ = r.chat.ranges(value, trace)
+    assert not any("<|eot_id|>" in trace.text[a:b] for a, b in keep)
+
+
 def test_an_empty_answer_trains_its_stop_token() -> None:
     row = one(
         renderer(entry={"chat_template": "chatml"}),

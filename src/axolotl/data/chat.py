@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -126,8 +127,14 @@ class ChatRenderer:
         turns = locate_turns(
             trace, len(messages), [bool(m.fields.get("tool_calls")) for m in messages], self.rule
         )
+        begins = [begin for begin, *_ in trace.runs]
         for turn, message in zip(turns, messages, strict=True):
-            if turn.stop and message.role != "assistant" and trace.text[slice(*turn.stop)] not in self.stops:
+            if turn.stop is None or message.role == "assistant":
+                continue
+            start, end = turn.stop
+            before = bisect_left(begins, end) - 1
+            in_message = before >= 0 and trace.runs[before][1] > start
+            if in_message or trace.text[start:end] not in self.stops:
                 turn.stop = None
         return turns
 

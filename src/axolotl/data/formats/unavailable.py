@@ -19,13 +19,14 @@ formats.register(
     "creative_acr.load_critique",
     "creative_acr.load_revise",
     "reflection",
-    unavailable="its long fixed prompt is not part of this package. A mapping under `type:` (field_instruction, "
+    unavailable="its long fixed prompt is not known here to the letter. A mapping under `type:` (field_instruction, "
     "field_output, format) writes any prompt.",
 )(_absent)
 
 formats.register(
     "stepwise_supervised",
-    unavailable="it comes with process reward models. `type: completion` trains on plain text.",
+    unavailable="its labels grade steps, for process reward models, which cannot be trained yet. `type: completion` "
+    "trains on plain text.",
 )(_absent)
 
 formats.register("bradley_terry.chat_template", unavailable="it comes with reward models.")(_absent)
