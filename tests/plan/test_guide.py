@@ -84,6 +84,29 @@ def test_out_of_memory_is_told_before_the_model_is_loaded(
     assert time.monotonic() - began < 120
 
 
+def test_out_of_memory_while_training_is_explained(
+    axolotl: Run, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With the plan's table: what takes the memory, category by category."""
+    (tmp_path / "shortage.py").write_text(
+        "import torch\n"
+        "from axolotl.train.trainer import CausalTrainer\n"
+        "plain = CausalTrainer.compute_loss\n"
+        "def compute_loss(self, *args, **kwargs):\n"
+        "    if torch.is_grad_enabled():\n"
+        "        raise torch.OutOfMemoryError('CUDA out of memory.')\n"
+        "    return plain(self, *args, **kwargs)\n"
+        "CausalTrainer.compute_loss = compute_loss\n"
+    )
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    }
+    done = axolotl("train", write(plugins=["shortage"], on_oom="fail"), env=environment, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "[AX1403]" in done.stderr
+    assert "training: most memory in the" in done.stderr and "optimizer state" in done.stderr
+
+
 def test_a_killed_run_is_told_in_words(write: Callable[..., Path], tmp_path: Path) -> None:
     """The system's SIGKILL leaves no word; whoever started the run has one."""
     file = write(max_steps=5000, logging_steps=1)

@@ -17,7 +17,7 @@ from axolotl.plan.estimate import CONTEXT, count_parameters
 from axolotl.plan.gpus import GIB, Gpu, gpu, present_gpu
 from axolotl.plan.layout import Layout
 from axolotl.plan.rehearsal import ATTENTION
-from axolotl.plan.show import told
+from axolotl.plan.show import table, told
 from axolotl.plan.skeleton import build_skeleton
 from axolotl.plan.whole import Question, changes, plan_run, question
 
@@ -85,6 +85,16 @@ def tell_memory(cfg: Config, hardware: Hardware, tokenizer: Any) -> None:
     if static > memory:
         raise EnvironmentProblem(problem)
     console.show_problem(problem)
+
+
+def show_memory(cfg: Config, hardware: Hardware, tokenizer: Any) -> None:
+    """After memory has run out: what the plan says takes it. Nothing is said of a model that cannot be rehearsed."""
+    device = device_of(hardware)
+    try:
+        asked, why = question(cfg, device, hardware, gpus=world().size, tokenizer=tokenizer)
+        console.note(table(plan_run(asked, device.memory, why, propose=False)))
+    except ModelError as error:
+        console.detail(error.problems[0].message)
 
 
 def _remedy(asked: Question, memory: int) -> str:

@@ -18,7 +18,7 @@ from axolotl.model.tokenizer import new_token_ids
 from axolotl.report.run import write_run_report
 from axolotl.run.beforehand import problems_beforehand
 from axolotl.run.budget import within_ram
-from axolotl.run.memory import automatic, tell_memory
+from axolotl.run.memory import automatic, show_memory, tell_memory
 from axolotl.run.merge import merge_trained
 from axolotl.run.preprocess import stop_tokens, tokenizer_of, training_data
 from axolotl.run.ready import ready, refuse, told_with_places
@@ -73,7 +73,12 @@ def train(cfg: Config) -> TrainResult:
         )
     _carry_template(cfg, tokenizer)
     trainer = build_trainer(cfg, model, tokenizer, rows, held_out, hardware, resume=resume.folder)
-    result = run_trainer(trainer, cfg, resume.folder)
+    try:
+        result = run_trainer(trainer, cfg, resume.folder)
+    except EnvironmentProblem as error:
+        if any(problem.code == "AX1403" for problem in error.problems):
+            show_memory(cfg, hardware, tokenizer)
+        raise
     if world().is_main:
         _report(Path(cfg.output.output_dir))
     for line in rows.summary() if isinstance(rows, Stream) else ():
