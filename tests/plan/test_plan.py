@@ -25,6 +25,7 @@ from axolotl.plan.gpus import GIB, gpu, gpu_called, gpu_names, hardware_of
 from axolotl.plan.layout import layout_of
 from axolotl.plan.steps import course_of, rows_of
 from axolotl.plan.whole import Plan, changes, plan_run, question
+from axolotl.run.memory import free_memory
 from axolotl.train.build import attention_for
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
@@ -387,3 +388,10 @@ def test_the_docs_show_what_was_compared(project: Path) -> None:
         shown = f"| {row['name']} | {row['measured_gib']:.2f} | {row['predicted_gib']:.2f} | {row['memory_error']:+.2%} |"
         assert shown in table
         assert -0.02 <= row["memory_error"] <= 0.05
+
+
+def test_every_process_sees_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else ranks would choose batches of different sizes."""
+    hardware = Hardware(device="cuda", gpu_names=("a", "b"), gpu_memory_bytes=(80 * GIB, 79 * GIB))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert {free_memory(hardware) for rank in "01" if not monkeypatch.setenv("RANK", rank)} == {79 * GIB}

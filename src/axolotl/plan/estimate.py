@@ -136,7 +136,9 @@ def requirement(
             f"`{cfg.model.base_model}` cannot be planned: its step cannot be rehearsed ({reason})."
         ) from error
     if cfg.method.rl:
-        notes.append(f"`rl: {cfg.method.rl}` is planned as supervised fine-tuning: what it adds is not counted.")
+        notes.append(
+            f"`rl: {cfg.method.rl}` is planned as supervised fine-tuning: what it adds is not counted."
+        )
     if cfg.train.torch_compile is True:
         notes.append("`torch_compile` is planned as if it were off: it needs less memory and time.")
     if layout.gpus > 1:

@@ -26,7 +26,12 @@ UNDOUBTED = 0.2
 
 
 def free_memory(hardware: Hardware) -> int:
-    """Bytes that this process may still use on its device: the GPU's, its CUDA context added back, or RAM."""
+    """Bytes that this process may still use on its device: the GPU's, its CUDA context added back, or RAM.
+
+    With several processes it is what the smallest GPU has in all, so that every one of them comes to the same result.
+    """
+    if hardware.device == "cuda" and world().size > 1:
+        return min(hardware.gpu_memory_bytes)
     if hardware.device == "cuda":
         return int(torch.cuda.mem_get_info(world().local_rank)[0]) + CONTEXT
     return ram().free
@@ -84,7 +89,8 @@ def tell_memory(cfg: Config, hardware: Hardware, tokenizer: Any) -> None:
     )
     if static > memory:
         raise EnvironmentProblem(problem)
-    console.show_problem(problem)
+    if world().is_main:
+        console.show_problem(problem)
 
 
 def show_memory(cfg: Config, hardware: Hardware, tokenizer: Any) -> None:
