@@ -273,6 +273,18 @@ BROKEN = [
         "conflict",
         "load_in_8bit load_in_4bit",
     ),
+    (
+        "weights_are_quantised_once",
+        LORA + "\ngptq: true\nload_in_8bit: true",
+        "conflict",
+        "gptq load_in_8bit",
+    ),
+    (
+        "arguments_of_a_scheme",
+        LORA + "\nmodel_quantization_config_kwargs: {dequantize: true}",
+        "conflict",
+        "model_quantization_config_kwargs",
+    ),
     ("quantised_weights_need_an_adapter", "load_in_8bit: true", "conflict", "load_in_8bit"),
     ("quantised_weights_need_an_adapter", "load_in_4bit: true\nadapter:", "conflict", "load_in_4bit adapter"),
     ("qlora_trains_on_4_bits", LORA.replace("lora\n", "qlora\n", 1), "conflict", "adapter"),

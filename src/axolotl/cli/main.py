@@ -277,6 +277,73 @@ def merge_lora(args: tuple[str, ...], lora_model_dir: str | None, output: Path |
     verb.merge(cfg, destination=output, base=base)
 
 
+@cli.command(context_settings=PASS_ON)
+@click.option(
+    "--base-model", metavar="DIR", help="The model to quantize; by default the merged or trained one."
+)
+@click.option(
+    "--weight-dtype", metavar="TYPE", help="int8, int4 or fp8; by default what `quantization` says."
+)
+@click.option(
+    "--activation-dtype", metavar="TYPE", help="int8 or fp8; by default activations stay as they are."
+)
+@click.option("--group-size", type=click.IntRange(min=1), metavar="N", help="Weights that share one scale.")
+@click.option(
+    "--quantize-embedding/--no-quantize-embedding", default=None, help="Also quantize the token embeddings."
+)
+@click.option(
+    "--output",
+    "destination",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Default: quantized in output_dir.",
+)
+@takes_config
+def quantize(
+    args: tuple[str, ...],
+    base_model: str | None,
+    destination: Path | None,
+    quantize_embedding: bool | None,
+    **options: Any,
+) -> None:
+    """Write the finished model in smaller numbers, and compare it with the full one."""
+    embedding = None if quantize_embedding is None else str(quantize_embedding).lower()
+    for key, value in {**options, "quantize_embedding": embedding}.items():
+        args = _with_key(args, f"--quantization.{key}", None if value is None else str(value))
+    cfg = _load(args, "quantize")
+    from axolotl.run import quantize as verb
+
+    verb.quantize(cfg, base_model=base_model, destination=destination)
+
+
+@cli.command("merge-sharded-fsdp-weights", context_settings=PASS_ON)
+@click.option(
+    "--sharded-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Default: output_dir's, or that of its last checkpoint.",
+)
+@click.option(
+    "--output",
+    "destination",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Default: merged in output_dir.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Number type to write; that of the checkpoint by default.",
+)
+@takes_config
+def merge_sharded(args: tuple[str, ...], **options: Any) -> None:
+    """Write what the processes of an FSDP run saved in parts as one model."""
+    cfg = _load(args, "merge-sharded-fsdp-weights")
+    from axolotl.run import consolidate as verb
+
+    verb.consolidate(cfg, **options)
+
+
 @cli.command()
 @click.argument("what", metavar="[examples|deepspeed_configs]")
 @click.option(

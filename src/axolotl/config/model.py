@@ -44,13 +44,23 @@ class SpecialTokens(Block):
     """More tokens that are never split and that the tokenizer treats as special."""
 
 
+def _torchao_name(value: Any) -> Any:
+    """torchao's number types by the names that configs have used for them."""
+    if not isinstance(value, str):
+        return value
+    name = value.lower().removeprefix("torch.")
+    return {"fp8": "float8_e4m3fn", "float8": "float8_e4m3fn", "e4m3": "float8_e4m3fn"}.get(name, name)
+
+
 class PostTrainingQuantization(Block):
     """How `quantize` compresses the finished weights."""
 
-    weight_dtype: Text = "int8"
-    """Number type of the weights."""
-    activation_dtype: Text | None = None
-    """Number type of the activations; unset leaves them as they are."""
+    weight_dtype: Annotated[Literal["int4", "int8", "float8_e4m3fn"], BeforeValidator(_torchao_name)] = "int8"
+    """Number type of the weights: int4, int8 or float8_e4m3fn (fp8)."""
+    activation_dtype: Annotated[Literal["int8", "float8_e4m3fn"] | None, BeforeValidator(_torchao_name)] = (
+        None
+    )
+    """Number type of the activations: int8 or float8_e4m3fn; unset leaves them as they are."""
     quantize_embedding: bool | None = None
     """Also compress the token embeddings."""
     group_size: PositiveInt = 32
@@ -162,21 +172,19 @@ class ModelSection(Section):
     """Hold the frozen weights in 4 bits (bitsandbytes), as QLoRA does."""
     bnb_config_kwargs: dict[str, Any] | None = None
     """Extra arguments for the bitsandbytes configuration."""
-    gptq: bool = later("training on GPTQ weights", False)
-    """The base model holds GPTQ weights."""
+    gptq: bool = False
+    """The base model holds GPTQ weights; only checked, since the files say so themselves."""
     qlora_sharded_model_loading: bool = idle("it comes with FSDP", False)
     """Load 4-bit weights shard by shard on every process."""
     quantize_moe_experts: bool = later("mixture-of-experts kernels", False)
     """Also quantise the experts of a mixture-of-experts model."""
-    model_quantization_config: Text | None = later("training on weights quantised with mxfp4 or fp8")
+    model_quantization_config: Literal["Mxfp4Config", "FineGrainedFP8Config"] | None = None
     """Quantisation scheme in which the base model comes: Mxfp4Config or FineGrainedFP8Config."""
-    model_quantization_config_kwargs: dict[str, Any] | None = later(
-        "training on weights quantised with mxfp4 or fp8"
-    )
-    """Arguments of that scheme."""
+    model_quantization_config_kwargs: dict[str, Any] | None = None
+    """Arguments of that scheme; training always unpacks the weights (`dequantize: true`)."""
     use_onebitllms: bool = later("1-bit models", False)
     """Train a 1-bit model with the onebitllms package."""
-    quantization: PostTrainingQuantization | None = later("quantising finished weights")
+    quantization: PostTrainingQuantization | None = None
     """How the finished weights are quantised."""
     qat: QuantizationAwareTraining | None = later("quantisation-aware training")
     """Train as if the weights were quantised already."""

@@ -27,7 +27,7 @@ from axolotl.model.embeddings import (
 )
 from axolotl.model.files import check_base_model, local_folder
 from axolotl.model.freeze import freeze_except
-from axolotl.model.quantize import check_prequantized, quantization_config
+from axolotl.model.quantize import check_prequantized, keep_layout, quantization_config, unpacking
 from axolotl.model.tokenizer import explain_load_failure
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def load_model(
     bars_only_at_a_terminal()
     device = device or _device(model, hardware)
     config = load_model_config(model, place)
-    check_prequantized(config, model.base_model, adapter, hardware.device, training)
+    check_prequantized(config, model.base_model, adapter, hardware.device, training, model)
     dtype = weight_dtype(model, adapter, hardware, training)
     cls = model_class(model, config)
     if seed is not None:
@@ -263,7 +263,7 @@ def _from_files(
         options["use_safetensors"] = True
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    quantization = quantization_config(model, adapter, dtype)
+    quantization = quantization_config(model, adapter, dtype) or unpacking(config, model)
     if quantization is not None:
         options["quantization_config"] = quantization
     if model.device_map is not None:
@@ -287,6 +287,7 @@ def _from_files(
             explain_load_failure(error, "base_model", model.base_model, "weights", place)
         ) from error
     _check_complete(loaded, info, model, place)
+    keep_layout(loaded)
     return loaded
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
+from axolotl.console import note
 from axolotl.errors import EnvironmentProblem, ModelError, Problem
 from axolotl.registry import missing_extra, require_extra
 
@@ -26,7 +28,9 @@ _PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {
     "hqq": (("hqq",), "pip install hqq"),
     "torchao": (("torchao",), "pip install torchao"),
 }
-_GPU_ONLY = frozenset({"gptq", "awq", "fp8", "fbgemm_fp8", "aqlm"})
+_GPU_ONLY = frozenset({"gptq", "awq", "fbgemm_fp8", "aqlm"})
+# Their products have no gradient: the weights are unpacked into plain ones as they are loaded.
+_UNPACKED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 
 
 def wants_quantized_load(model: ModelSection, adapter: AdapterSection) -> int:
@@ -98,7 +102,12 @@ def quantization_config(
 
 
 def check_prequantized(
-    config: transformers.PretrainedConfig, name: str, adapter: AdapterSection, device: str, training: bool
+    config: transformers.PretrainedConfig,
+    name: str,
+    adapter: AdapterSection,
+    device: str,
+    training: bool,
+    model: ModelSection | None = None,
 ) -> None:
     """Refuses, before the long work, a base model that comes quantised and cannot be used so here.
 
@@ -106,8 +115,19 @@ def check_prequantized(
     package or GPU.
     """
     scheme = scheme_of(config)
+    if model is not None:
+        _check_said_scheme(model, scheme)
     if scheme is None:
         return
+    if model is not None and wants_quantized_load(model, adapter):
+        raise ModelError(
+            Problem(
+                f"`base_model: {name}` holds {scheme} weights already; they cannot be quantised again.",
+                "Remove `load_in_4bit` or `load_in_8bit` and write `adapter: lora`, or start from the full-precision model.",
+                "model",
+                ("base_model", "load_in_4bit" if model.load_in_4bit else "load_in_8bit"),
+            )
+        )
     if training and adapter.adapter is None:
         raise ModelError(
             Problem(
@@ -128,6 +148,65 @@ def check_prequantized(
             f"`base_model: {name}` holds {scheme} weights, which need a GPU.",
             "Use the full-precision model here.",
         )
+
+
+def _check_said_scheme(model: ModelSection, scheme: str | None) -> None:
+    """Raises ModelError where the config's keys name another scheme than the model's files."""
+    said = [("gptq", "gptq")] if model.gptq else []
+    if model.model_quantization_config:
+        named = next(k for k, v in _UNPACKED.items() if v == model.model_quantization_config)
+        said.append(("model_quantization_config", named))
+    wrong = [(key, wanted) for key, wanted in said if wanted != scheme]
+    if wrong:
+        raise ModelError(
+            Problem(
+                f"`{key}` says that `base_model: {model.base_model}` holds {wanted} weights, but it holds "
+                f"{f'{scheme} weights' if scheme else 'plain ones'}.",
+                f"Remove `{key}`, or name the model that was meant.",
+                "model",
+                (key, "base_model"),
+            )
+            for key, wanted in wrong
+        )
+
+
+def unpacking(config: transformers.PretrainedConfig, model: ModelSection) -> Any | None:
+    """The configuration that loads fp8 or mxfp4 weights as plain ones, so that an adapter can be trained or merged.
+
+    None for all other models. Raises ModelError for an argument that the scheme does not know.
+    """
+    scheme = scheme_of(config)
+    if scheme not in _UNPACKED:
+        return None
+    cls = getattr(transformers, _UNPACKED[scheme])
+    known = inspect.signature(cls.__init__).parameters
+    own = config.quantization_config
+    options = {k: v for k, v in (own if isinstance(own, dict) else own.to_dict()).items() if k in known}
+    given = model.model_quantization_config_kwargs or {}
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ModelError(
+            Problem(
+                f"`model_quantization_config_kwargs.{unknown[0]}` is not known to {cls.__name__}.",
+                f"Known: {', '.join(k for k in known if k not in ('self', 'kwargs'))}.",
+                keys=("model_quantization_config_kwargs",),
+            )
+        )
+    options |= given
+    if not options.get("dequantize"):
+        note(f"The {scheme} weights are unpacked as they are loaded: their own products have no gradient.")
+    return cls(**(options | {"dequantize": True}))
+
+
+def keep_layout(model: Any) -> None:
+    """Keeps bitsandbytes from packing 4-bit weights anew for inference on the CPU.
+
+    It does so at the first pass without gradients, such as an evaluation. From then on a training pass would go
+    through a product that has no gradient, and every layer below would learn nothing, with a warning at most.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def scheme_of(config: transformers.PretrainedConfig) -> str | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl import console
 from axolotl.config import Config, Hardware
+from axolotl.data.chat import choose_template
 from axolotl.data.prepare import prepare
 from axolotl.data.prepared import Prepared
 from axolotl.data.preview import preview
@@ -103,3 +104,11 @@ def stop_tokens(cfg: Config, tokenizer: Any) -> Sequence[str]:
         for text in build_renderer(tokenizer, cfg.data, entry).stop_tokens()
     ]
     return list(dict.fromkeys(texts))
+
+
+def carry_template(cfg: Config, tokenizer: Any) -> None:
+    """Writes the chat template of the training data onto the tokenizer, so that it is saved with the weights."""
+    for entry in cfg.data.datasets:
+        if isinstance(entry.type, str) and entry.type.startswith("chat_template"):
+            tokenizer.chat_template = choose_template(tokenizer, cfg.data, entry).text
+            return

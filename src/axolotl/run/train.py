@@ -7,7 +7,6 @@ from typing import Any
 
 from axolotl import console
 from axolotl.config import Config, Hardware
-from axolotl.data.chat import choose_template
 from axolotl.data.stream import Stream
 from axolotl.distributed.world import detect_hardware, only_repeatable_kernels, world
 from axolotl.errors import EnvironmentProblem, UserError
@@ -20,7 +19,7 @@ from axolotl.run.beforehand import problems_beforehand
 from axolotl.run.budget import within_ram
 from axolotl.run.memory import automatic, show_memory, tell_memory
 from axolotl.run.merge import merge_trained
-from axolotl.run.preprocess import stop_tokens, tokenizer_of, training_data
+from axolotl.run.preprocess import carry_template, stop_tokens, tokenizer_of, training_data
 from axolotl.run.ready import ready, refuse, told_with_places
 from axolotl.train.build import attention_for, build_trainer
 from axolotl.train.session import TrainResult, resume_point, seed_everything
@@ -71,7 +70,7 @@ def train(cfg: Config) -> TrainResult:
             resume_from=before,
             seed=seed,
         )
-    _carry_template(cfg, tokenizer)
+    carry_template(cfg, tokenizer)
     trainer = build_trainer(cfg, model, tokenizer, rows, held_out, hardware, resume=resume.folder)
     try:
         result = run_trainer(trainer, cfg, resume.folder)
@@ -114,11 +113,3 @@ def _report(output_dir: Path) -> None:
         console.note(f"Report: {write_run_report(output_dir)}")
     except (OSError, UserError) as error:
         console.warn(f"There is no report of the run: {error}")
-
-
-def _carry_template(cfg: Config, tokenizer: Any) -> None:
-    """Writes the chat template of the training data onto the tokenizer, so that it is saved with the weights."""
-    for entry in cfg.data.datasets:
-        if isinstance(entry.type, str) and entry.type.startswith("chat_template"):
-            tokenizer.chat_template = choose_template(tokenizer, cfg.data, entry).text
-            return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import time
 import warnings
 from collections.abc import Sequence
@@ -11,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from axolotl.console import note, success, warn
 from axolotl.errors import ModelError, Problem
@@ -24,9 +22,10 @@ from axolotl.model.adapter import load_adapter
 from axolotl.model.adapter_files import adapter_config, adapter_tensors, is_untrained
 from axolotl.model.embeddings import resize_embeddings, wanted_rows
 from axolotl.model.files import check_base_model, local_folder, read_weight_files
-from axolotl.model.load import align_special_tokens, bars_only_at_a_terminal, load_model_config
-from axolotl.model.quantize import scheme_of
+from axolotl.model.load import bars_only_at_a_terminal, load_model_config
+from axolotl.model.quantize import scheme_of, unpacking
 from axolotl.model.tokenizer import explain_load_failure, load_tokenizer
+from axolotl.weights.beside import save_beside
 from axolotl.weights.card import model_card
 from axolotl.weights.folder import gigabytes, need_space, refuse_destination, replace, written_whole
 from axolotl.weights.quantized_base import round_trip, rounding_of_training
@@ -78,6 +77,14 @@ class _Job:
     tokenizer: PreTrainedTokenizerBase
     rows: int
     base: Base
+    unpacking: Any = None
+    """How fp8 or mxfp4 weights become plain ones; None for weights that are plain already."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Further arguments for loading the base model."""
+        code = {"trust_remote_code": True} if self.model.trust_remote_code else {}
+        return code | ({"quantization_config": self.unpacking} if self.unpacking is not None else {})
 
 
 def merge(
@@ -119,6 +126,8 @@ def merge(
     )
     if reason is None and not list(job.folder.glob("*.safetensors")):
         reason = "the base model has no safetensors files"
+    if job.unpacking is not None:
+        reason = "the base model's packed weights are written out as plain ones"
     with written_whole(destination) as part:
         written = None
         if reason is None:
@@ -143,7 +152,13 @@ def merge(
         if verify != "off":
             way = "logits" if report.method == "in memory" else verify
             models = Models(
-                job.folder, job.config, adapter_dir, part, job.rows, bool(model.trust_remote_code)
+                job.folder,
+                job.config,
+                adapter_dir,
+                part,
+                job.rows,
+                bool(model.trust_remote_code),
+                job.unpacking,
             )
             rounding = rounding_of_training(model, adapter)
             report.checks = verify_merge(
@@ -201,7 +216,8 @@ def _prepare(
     folder = base_folder(model)
     config = load_model_config(model)
     scheme = scheme_of(config)
-    if scheme is not None:
+    plain = unpacking(config, model)
+    if scheme is not None and plain is None:
         raise ModelError(
             Problem(
                 f"`base_model: {model.base_model}` holds {scheme} weights, into which nothing can be merged.",
@@ -213,7 +229,7 @@ def _prepare(
     tokenizer = tokenizer or load_tokenizer(model, adapter_dir)
     before = int(config.get_text_config().vocab_size)
     rows = wanted_rows(model, len(tokenizer), before, adapter_dir)
-    return _Job(model, adapter, folder, adapter_dir, peft_config, config, tokenizer, rows, base)
+    return _Job(model, adapter, folder, adapter_dir, peft_config, config, tokenizer, rows, base, plain)
 
 
 def _bytes_of(folder: Path) -> int:
@@ -230,8 +246,7 @@ def _layer_by_layer(job: _Job, part: Path, check: bool) -> Written:
 
 def _in_memory(job: _Job, part: Path) -> Written:
     """The way for adapters that PEFT merges only as a whole."""
-    options: dict[str, Any] = {"trust_remote_code": True} if job.model.trust_remote_code else {}
-    base = AutoModelForCausalLM.from_pretrained(job.folder, config=job.config, dtype="auto", **options)
+    base = AutoModelForCausalLM.from_pretrained(job.folder, config=job.config, dtype="auto", **job.options)
     resize_embeddings(base, job.rows)
     adapted = load_adapter(base, job.adapter_dir, allow_pickle=bool(job.model.trust_remote_code))
     changed = sum(isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for m in adapted.modules())
@@ -244,7 +259,9 @@ def _in_memory(job: _Job, part: Path) -> Written:
             f"PEFT cannot merge this adapter: {str(error).splitlines()[0]}",
             "Use it unmerged: axolotl inference --lora-model-dir ...",
         ) from error
-    merged.save_pretrained(part, max_shard_size="5GB")
+    # In the original format an unpacked model would get the names, though not the numbers, of packed weights.
+    own_names = {} if job.unpacking is None else {"save_original_format": False}
+    merged.save_pretrained(part, max_shard_size="5GB", **own_names)
     files = read_weight_files(part)
     dtype = str(DTYPES[main_dtype(files)]).removeprefix("torch.")
     tied = bool(merged.config.tie_word_embeddings)
@@ -252,32 +269,12 @@ def _in_memory(job: _Job, part: Path) -> Written:
 
 
 def _save_beside(job: _Job, part: Path, written: Written, stop_tokens: Sequence[str]) -> None:
-    """Configuration, generation configuration, tokenizer with its chat template, and the code a model brings."""
     config = copy.deepcopy(job.config)
-    config.get_text_config().vocab_size = job.rows
-    for each in {id(c): c for c in (config, config.get_text_config())}.values():
-        if each.tie_word_embeddings and not written.tied:
-            each.tie_word_embeddings = False
-    with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(config)
-    if (job.folder / "generation_config.json").is_file():
-        shell.generation_config = GenerationConfig.from_pretrained(job.folder)
-    align_special_tokens(shell, job.tokenizer, stop_tokens)
-    shell.config.use_cache = True
-    shell.config.architectures = shell.config.architectures or [type(shell).__name__]
-    shell.config.save_pretrained(part)
-    # A model's own sampling values may contradict one another; they are the base's and kept as they are.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            shell.generation_config.save_pretrained(part)
-        except ValueError:
-            shell.generation_config.do_sample = True
-            shell.generation_config.save_pretrained(part)
-    job.tokenizer.save_pretrained(part)
-    for pattern in ("*.py", "preprocessor_config.json", "processor_config.json"):
-        for file in job.folder.glob(pattern):
-            shutil.copy2(file, part / file.name)
+    if job.unpacking is not None:
+        del config.quantization_config
+    save_beside(
+        part, config, job.tokenizer, job.folder, rows=job.rows, tied=written.tied, stop_tokens=stop_tokens
+    )
 
 
 def _refuse_difference(report: MergeReport, part: Path) -> None:

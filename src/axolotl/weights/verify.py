@@ -5,6 +5,7 @@ N tokens of all rows together, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -98,10 +99,13 @@ class Models:
     merged: Path
     rows: int
     trust_remote_code: bool = False
+    unpacking: Any = None
+    """How fp8 or mxfp4 base weights become plain ones."""
 
     def adapted(self, rounding: Callable[[torch.Tensor], torch.Tensor] | None) -> Any:
         """Base and adapter, in float32; `rounding` is what quantised loading does to linear layers."""
-        model = self._load(self.base, config=self.config)
+        packed = {"quantization_config": self.unpacking} if self.unpacking is not None else {}
+        model = self._load(self.base, config=copy.deepcopy(self.config), **packed)
         resize_embeddings(model, self.rows)
         if rounding is not None:
             head = model.get_output_embeddings()

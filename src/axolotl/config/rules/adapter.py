@@ -25,6 +25,32 @@ def one_width_of_weights(cfg: Config) -> Iterator[Problem]:
         )
 
 
+@rule("gptq", "model_quantization_config", "load_in_8bit", "load_in_4bit")
+def weights_are_quantised_once(cfg: Config) -> Iterator[Problem]:
+    """Weights that come quantised are not quantised again."""
+    for key in ("gptq", "model_quantization_config"):
+        for other in ("load_in_8bit", "load_in_4bit"):
+            if getattr(cfg.model, key) and getattr(cfg.model, other):
+                yield conflict(
+                    f"`{key}` says that the base model comes quantised; `{other}` would quantise it again.",
+                    f"Remove `{other}`, or start from the full-precision model without `{key}`.",
+                    key,
+                    other,
+                )
+
+
+@rule("model_quantization_config", "model_quantization_config_kwargs")
+def arguments_of_a_scheme(cfg: Config) -> Iterator[Problem]:
+    """Arguments belong to a scheme."""
+    if cfg.model.model_quantization_config_kwargs and not cfg.model.model_quantization_config:
+        yield conflict(
+            "`model_quantization_config_kwargs` are arguments of `model_quantization_config`, which is not set.",
+            "Set `model_quantization_config: Mxfp4Config` or `FineGrainedFP8Config`, or remove the arguments.",
+            "model_quantization_config_kwargs",
+            "model_quantization_config",
+        )
+
+
 @rule("load_in_8bit", "load_in_4bit", "adapter", verbs=_TRAINS)
 def quantised_weights_need_an_adapter(cfg: Config) -> Iterator[Problem]:
     """Quantised weights are frozen, so something else has to learn."""
