@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from axolotl.cli.overrides import parse_overrides
 from axolotl.config import Config, Hardware, load_config, resolve
 from axolotl.config.data import DataSection, DatasetEntry
 from axolotl.config.optim import OptimSection
@@ -445,3 +446,24 @@ def test_a_config_from_the_hub(write: Write, monkeypatch: pytest.MonkeyPatch, tm
     assert load_config("hf://me/configs@v1/sub/c.yml").model.base_model == "x"
     assert asked == [("me/configs", "sub/c.yml", "v1")]
     assert "404" in one("hf://me/configs/gone.yml").message
+
+
+def test_a_config_knows_the_words_that_name_it_again(tmp_path: Path) -> None:
+    file = tmp_path / "a b.yml"
+    file.write_text(
+        "base_model: m\ndatasets:\n  - path: rows.jsonl\n    type: alpaca\nlearning_rate: 1.0e-4\n"
+    )
+    given = [
+        ("output_dir", "out"),
+        ("datasets[0].split", "train[:5]"),
+        ("wandb_project", "p"),
+        ("comet_api_key", "very-secret"),
+        ("auto_resume_from_checkpoints", "true"),
+    ]
+    cfg = load_config(file, given)
+    flags = ["--output-dir", "out", "--datasets[0].split", "train[:5]", "--wandb-project", "p"]
+    assert cfg.words("auto_resume_from_checkpoints") == [str(file), *flags]
+    assert cfg.words(of=("model", "data")) == [str(file), "--datasets[0].split", "train[:5]"]
+    again = load_config(file, parse_overrides(cfg.words()[1:]))
+    assert again.output.output_dir == "out" and again.train.auto_resume_from_checkpoints
+    assert load_config(file).words() == [str(file)]

@@ -19,7 +19,7 @@ from axolotl.config.method import MethodSection
 from axolotl.config.model import ModelSection
 from axolotl.config.optim import OptimSection
 from axolotl.config.output import OutputSection
-from axolotl.config.secrets import without_secrets
+from axolotl.config.secrets import is_secret, without_secrets
 from axolotl.config.section import Section, facts
 from axolotl.config.tracking import TrackingSection
 from axolotl.config.train import TrainSection
@@ -58,12 +58,30 @@ class Config:
     output: OutputSection = field(default_factory=OutputSection.model_construct)
     sources: tuple[Path, ...] = ()
     """The files that it was read from (a remote file by the name it was given)."""
+    overrides: tuple[tuple[str, str], ...] = ()
+    """Keys that were given beside the files, with their text."""
     warnings: tuple[Problem, ...] = ()
     """What the user should know; never fatal."""
     spots: Mapping[KeyPath, Spot] = field(default_factory=dict, repr=False)
     lines: Mapping[str, list[str]] = field(default_factory=dict, repr=False)
     resolved: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Keys that were filled in automatically, and why."""
+
+    def words(self, *apart: str, of: Iterable[str] = SECTIONS) -> list[str]:
+        """The words of a command line that name this config: its files, then what was given beside them.
+
+        Left out: keys in `apart`, keys of other sections than `of`, secrets.
+        """
+        found = [str(source) for source in self.sources] or ["config.yml"]
+        for key, text in self.overrides:
+            top = str(undotted(key)[0])
+            owner = owners().get(top)
+            if owner is None or owner not in of or top in apart:
+                continue
+            last = str(undotted(key)[-1])
+            if not facts(SECTIONS[owner], top).get("secret") and not is_secret(last):
+                found += [f"--{key.replace('_', '-')}", without_secrets(text)]
+        return found
 
     def section(self, key: str) -> Section:
         """The section that owns a key. Raises KeyError for an unknown one."""

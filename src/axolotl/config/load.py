@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 from axolotl.config.complaints import Complaints
-from axolotl.config.config import Config, sections_from
+from axolotl.config.config import Config, as_json, sections_from
 from axolotl.config.keys import SECTIONS, blocks_in, owner, owners
 from axolotl.config.merge import Merged, Overrides, Source, override_parts
 from axolotl.config.old_keys import is_off
@@ -211,7 +212,11 @@ def load_config(
             loading.add(Problem(fault, "Write `--key value`.", "syntax", (key,), (Place(flag),)))
         else:
             loading.override(key, text, flag, len(many) + layer)
-    return _finish(loading, verb, checks)
+    given = tuple(
+        (key, text if isinstance(text, str) else as_json(text))
+        for key, text, _, _ in override_parts(overrides)
+    )
+    return replace(_finish(loading, verb, checks), overrides=given)
 
 
 def _finish(loading: Loading, verb: str, checks: Sequence[Check]) -> Config:

@@ -201,7 +201,8 @@ def _commands(run: dict[str, Any], output_dir: Path) -> list[tuple[str, str]]:
     model = f"--lora-model-dir {folder}" if adapter else f"--base-model {folder}"
     found = []
     if not run.get("complete"):
-        found.append(("resume", f"axolotl train {config} --auto-resume-from-checkpoints"))
+        words = shlex.join(run.get("words") or sources)
+        found.append(("resume", f"axolotl train {words} --auto-resume-from-checkpoints"))
     if adapter:
         found.append(("merge", f"axolotl merge-lora {config} --lora-model-dir {folder}"))
     found.append(("chat", f"axolotl inference {config} {model} --chat"))

@@ -119,6 +119,7 @@ def describe(cfg: Config, hardware: Hardware) -> dict[str, Any]:
         "asked": values,
         "origins": {key: str(cfg.origin(key)) for key in values},
         "sources": [str(source) for source in cfg.sources],
+        "words": cfg.words(*RESUMING),
         "warnings": [str(problem) for problem in cfg.warnings],
         "environment": environment(hardware),
         "started": time.time(),

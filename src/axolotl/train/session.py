@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -210,7 +211,8 @@ def _stopped(trainer: Trainer, cfg: Config, why: str, exit_code: int) -> TrainRe
         trainer.settle()  # type: ignore[attr-defined]
     saved = folder if folder.is_dir() else None
     if saved:
-        command = f"axolotl train {_sources(cfg)} --resume-from-checkpoint {saved}"
+        words = cfg.words("resume_from_checkpoint", "auto_resume_from_checkpoints")
+        command = shlex.join(["axolotl", "train", *words, "--resume-from-checkpoint", str(saved)])
         note(f"Stopped by {why} at step {step} of {total}; saved {saved}.\nTo continue:\n  {command}")
     else:
         note(f"Stopped by {why} at step {step} of {total}; no checkpoint could be saved.")
@@ -317,10 +319,6 @@ def _last(trainer: Trainer, key: str) -> str:
     return f"{values[-1]:.4f}" if values else "not measured"
 
 
-def _sources(cfg: Config) -> str:
-    return str(cfg.sources[0]) if cfg.sources else "config.yml"
-
-
 def _summary(trainer: Trainer, cfg: Config, loss: float | None, seconds: float) -> None:
     parts: Parts = trainer.parts  # type: ignore[attr-defined]
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -329,8 +327,11 @@ def _summary(trainer: Trainer, cfg: Config, loss: float | None, seconds: float) 
         course += f", evaluation loss {_last(trainer, 'eval_loss')}"
     tokens = trainer.state.num_input_tokens_seen
     success(f"{trainer.state.global_step:,} steps, {tokens:,} tokens in {duration(seconds)}: {course}.")
-    adapter, config = cfg.adapter.adapter is not None, _sources(cfg)
-    folder = f" --lora-model-dir {parts.output_dir}" if adapter else f" --base-model {parts.output_dir}"
+    adapter, folder_key = cfg.adapter.adapter is not None, "lora_model_dir"
+    if not adapter:
+        folder_key = "base_model"
+    config = shlex.join(cfg.words(folder_key, of=("model", "adapter", "data")))
+    folder = f" --{folder_key.replace('_', '-')} {shlex.quote(str(parts.output_dir))}"
     lines = [f"Saved in {parts.output_dir}. Next:", f"  axolotl inference {config}{folder} --chat"]
     if adapter:
         lines.append(f"  axolotl merge-lora {config}{folder}")
