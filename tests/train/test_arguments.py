@@ -115,7 +115,7 @@ def test_trackers_are_asked_for_by_name(config, tmp_path):
 
 
 def test_missing_trackers_are_told_together(config, monkeypatch):
-    monkeypatch.setattr("axolotl.train.tracking.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("axolotl.registry.importlib.util.find_spec", lambda name: None)
     cfg = config(wandb_project="p", mlflow_experiment_name="m", wandb_entity="e")
     with pytest.raises(EnvironmentProblem) as error:
         trackers(cfg.tracking)
