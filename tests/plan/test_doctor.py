@@ -55,6 +55,7 @@ def test_the_machine_alone(axolotl: Run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_as_json(axolotl: Run) -> None:
     done = axolotl("doctor", "--json")
     found = json.loads(done.stdout)
@@ -73,6 +74,7 @@ def test_rows_and_stops_of_a_config(axolotl: Run, tiny_chatml: Path, tmp_path: P
     assert not (tmp_path / "prepared").exists()
 
 
+@pytest.mark.slow
 def test_a_foreign_template(axolotl: Run, tiny_llama3: Path, tmp_path: Path) -> None:
     """The template of another family ends turns with a text that is no token of this vocabulary."""
     file = config(tmp_path, tiny_llama3, TALK, chat_template="chatml")
@@ -86,6 +88,7 @@ def test_a_foreign_template(axolotl: Run, tiny_llama3: Path, tmp_path: Path) -> 
     assert axolotl("doctor", mended).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_stop_token_that_is_not_trained(axolotl: Run, tiny_chatml: Path, tmp_path: Path) -> None:
     entry = {"path": str(tmp_path / "rows.jsonl"), "type": "chat_template", "train_on_eos": "none"}
     done = axolotl("doctor", config(tmp_path, tiny_chatml, TALK, datasets=[entry]))
@@ -93,6 +96,7 @@ def test_a_stop_token_that_is_not_trained(axolotl: Run, tiny_chatml: Path, tmp_p
     assert "[AX1204]" in done.stdout and "train_on_eos: turn" in done.stdout
 
 
+@pytest.mark.slow
 def test_data_of_another_type_is_told_with_its_code(axolotl: Run, tiny_chatml: Path, tmp_path: Path) -> None:
     rows = [{"instruction": "Say it.", "output": "It."}]
     done = axolotl("doctor", config(tmp_path, tiny_chatml, rows), "--json")

@@ -84,6 +84,7 @@ def test_out_of_memory_is_told_before_the_model_is_loaded(
     assert time.monotonic() - began < 120
 
 
+@pytest.mark.slow
 def test_out_of_memory_while_training_is_explained(
     axolotl: Run, write: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -107,6 +108,7 @@ def test_out_of_memory_while_training_is_explained(
     assert "training: most memory in the" in done.stderr and "optimizer state" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_told_in_words(write: Callable[..., Path], tmp_path: Path) -> None:
     """The system's SIGKILL leaves no word; whoever started the run has one."""
     file = write(max_steps=5000, logging_steps=1)
@@ -176,6 +178,7 @@ def test_one_device_and_a_config_for_several(
     assert f"Delete the line `{key}:`" in done.stderr
 
 
+@pytest.mark.slow
 def test_flash_attention_that_is_not_here(axolotl: Run, write: Callable[..., Path]) -> None:
     file = write(attn_implementation="flash_attention_2")
     done = axolotl("train", file)
@@ -186,6 +189,7 @@ def test_flash_attention_that_is_not_here(axolotl: Run, write: Callable[..., Pat
     assert "[AX1406]" in strict.stderr and "error:" in strict.stderr
 
 
+@pytest.mark.slow
 def test_the_stop_token_is_trained_and_saved(
     axolotl: Run, write: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -210,6 +214,7 @@ def test_the_first_loss_is_told_before_training(axolotl: Run, write: Callable[..
     assert "[AX1205]" in done.stderr
 
 
+@pytest.mark.slow
 def test_hardly_anything_is_trained(axolotl: Run, write: Callable[..., Path]) -> None:
     rows = [
         {"messages": [{"role": "user", "content": "word " * 200}, {"role": "assistant", "content": "a"}]}
