@@ -316,6 +316,18 @@ def quantize(
     verb.quantize(cfg, base_model=base_model, destination=destination)
 
 
+@cli.command("vllm-serve", context_settings=PASS_ON)
+@click.option("--show", is_flag=True, help="Print vLLM's command and start nothing.")
+@takes_config
+@click.pass_context
+def vllm_serve(ctx: click.Context, args: tuple[str, ...], show: bool) -> None:
+    """Serve the trained model with vLLM, on this machine unless `vllm.host` says otherwise."""
+    cfg = _load(args, "vllm-serve")
+    from axolotl.run import serve as verb
+
+    ctx.exit(verb.serve(cfg, show=show))
+
+
 @cli.command("merge-sharded-fsdp-weights", context_settings=PASS_ON)
 @click.option(
     "--sharded-dir",

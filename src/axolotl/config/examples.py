@@ -226,6 +226,9 @@ EXAMPLES: dict[str, Any] = {
     "weight": 2,
     "weight_decay": 0.01,
     "world_size": 8,
+    "model_quantization_config_kwargs": {"dequantize": True},
+    "quantization": {"weight_dtype": "int8"},
+    "vllm": {"gpu_memory_utilization": 0.85},
 }
 
 

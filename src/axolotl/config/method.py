@@ -69,7 +69,7 @@ class MethodSection(Section):
     """Weight of unwanted answers in KTO."""
     trl: Trl | None = later(RL)
     """Options of reinforcement learning and of TRL's trainers."""
-    vllm: Vllm | None = later(RL)
+    vllm: Vllm | None = None
     """The vLLM server that generates answers."""
     ebft: Ebft | None = later(RL)
     """Options of energy-based fine-tuning."""

@@ -149,8 +149,8 @@ class Vllm(Block):
     """Longest context."""
     enable_prefix_caching: bool | None = None
     """Keep common beginnings."""
-    host: Text = "0.0.0.0"
-    """Address it listens on."""
+    host: Text = "127.0.0.1"
+    """Address it listens on; 0.0.0.0 opens it to the network."""
     port: PositiveInt = 8000
     """Port it listens on."""
     enable_reasoning: bool | None = None

@@ -1,0 +1,105 @@
+"""The command that vLLM is started with: each key in its place, and what vLLM cannot serve told beforehand."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from axolotl.config.method_blocks import Vllm
+from axolotl.errors import ConfigError
+from axolotl.inference.loading import Trained
+from axolotl.inference.serve import serve_command
+
+LLAMA = Path(__file__).parents[1] / "fixtures" / "tiny-llama3"
+
+
+def command(trained: Trained, **keys: Any) -> list[str]:
+    return serve_command("base", trained, Vllm.model_validate(keys), python=("vllm",))
+
+
+def adapter(folder: Path, **keys: Any) -> Path:
+    folder.mkdir()
+    config = {"peft_type": "LORA", "r": 12, "base_model_name_or_path": str(LLAMA)} | keys
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_each_key_has_its_argument() -> None:
+    words = command(
+        Trained(model=Path("out/merged")),
+        port=8001,
+        tensor_parallel_size=2,
+        data_parallel_size=3,
+        max_model_len=4096,
+        enable_prefix_caching=False,
+        enforce_eager=True,
+        enable_reasoning=True,
+        reasoning_parser="qwen3",
+        worker_extension_cls="a.B",
+        dtype="bfloat16",
+    )
+    assert words[:3] == ["vllm", "serve", "out/merged"]
+    text = " ".join(words)
+    for expected in (
+        "--host 127.0.0.1",
+        "--port 8001",
+        "--dtype bfloat16",
+        "--gpu-memory-utilization 0.9",
+        "--tensor-parallel-size 2",
+        "--data-parallel-size 3",
+        "--max-model-len 4096",
+        "--reasoning-parser qwen3",
+        "--worker-extension-cls a.B",
+        "--no-enable-prefix-caching",
+        "--enforce-eager",
+    ):
+        assert expected in text
+    assert "--enable-lora" not in text
+    assert "--host 0.0.0.0" in " ".join(command(Trained(), host="0.0.0.0"))
+
+
+def test_an_adapter_is_served_beside_its_base(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "mine", rank_pattern={"q_proj": 20})
+    text = " ".join(command(Trained(adapter=folder)))
+    assert f"serve base --enable-lora --max-lora-rank 32 --lora-modules mine={folder}" in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"use_dora": True}, "a DoRA adapter"),
+        ({"peft_type": "VERA"}, "a VERA adapter"),
+        ({"modules_to_save": ["lm_head"]}, "with embeddings or layers of its own"),
+    ],
+)
+def test_adapters_that_vllm_cannot_serve(keys: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        command(Trained(adapter=adapter(tmp_path / "a", **keys)))
+
+
+def test_options_that_vllm_has_no_more() -> None:
+    with pytest.raises(ConfigError) as told:
+        command(Trained(), device="cuda", serve_module="x", enable_reasoning=True)
+    assert len(told.value.problems) == 3
+
+
+def test_the_command(tmp_path: Path, axolotl: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    adapter(tmp_path / "out")
+    (tmp_path / "config.yml").write_text(
+        f"base_model: {LLAMA}\ndatasets: [{{path: x.jsonl, type: alpaca}}]\nadapter: lora\nlora_r: 12\nlora_alpha: 8\n"
+        "lora_target_linear: true\nlearning_rate: 1e-4\noutput_dir: out\nvllm: {port: 8123}\n"
+    )
+    done = axolotl("vllm-serve", "config.yml", "--show", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    assert words[:3] == ["vllm", "serve", str(LLAMA)]
+    assert words[words.index("--port") + 1] == "8123"
+    assert "--lora-modules" in words
+    done = axolotl("vllm-serve", "config.yml", cwd=tmp_path)
+    assert (done.returncode, "axolotl[vllm]" in done.stderr) == (2, True), done.stderr
