@@ -14,6 +14,7 @@ from axolotl.cli.overrides import parse_overrides
 from axolotl.config import Config, Hardware, load_config, resolve
 from axolotl.config.data import DataSection, DatasetEntry
 from axolotl.config.optim import OptimSection
+from axolotl.config.secrets import masked
 from axolotl.config.train import TrainSection
 from axolotl.errors import ConfigError, Problem
 
@@ -90,7 +91,6 @@ def test_places_and_origins(write: Write) -> None:
     assert str(cfg.place("datasets[0].split")) == "c.yml:2:12"
     assert str(cfg.place("learning_rate")) == "c.yml:3:16"
     assert str(cfg.place("seed")) == "c.yml"
-    assert str(cfg.key_place("attn_implementation")) == "c.yml:4:1"
     assert [cfg.origin(k).kind for k in ("learning_rate", "lora_r", "seed")] == [
         "file",
         "override",
@@ -467,3 +467,25 @@ def test_a_config_knows_the_words_that_name_it_again(tmp_path: Path) -> None:
     again = load_config(file, parse_overrides(cfg.words()[1:]))
     assert again.output.output_dir == "out" and again.train.auto_resume_from_checkpoints
     assert load_config(file).words() == [str(file)]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://h/a.jsonl?token=sekret&x=1",
+        "https://u:sekret@h/a.jsonl",
+        "https://b.s3.amazonaws.com/a?X-Amz-Credential=sekret&X-Amz-Signature=sekret",
+        "https://h/a?sv=2020&sig=sekret",
+        "https://h/a?access_key=sekret#x",
+    ],
+)
+def test_what_opens_an_address_is_not_kept(write: Write, address: str) -> None:
+    file = write(BASE.replace("a.jsonl", f'"{address}"'))
+    cfg = load_config(file)
+    assert cfg.data.datasets[0].path == address
+    assert "sekret" not in cfg.resolved_yaml()
+    assert "sekret" not in masked(f"path: {address}")
+    assert len(masked(f"path: {address}")) == len(f"path: {address}")
+    with pytest.raises(ConfigError) as caught:
+        load_config(address)
+    assert "sekret" not in str(caught.value)

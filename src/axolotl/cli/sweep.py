@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,24 @@ def expand_sweep(file: str | Path) -> list[Trial]:
         together = {key: value for part in chosen for key, value in part.items()}
         trials.append(Trial(f"sweep-{number:03d}{_slug(together)}", together))
     return trials
+
+
+def in_sweep(problem: Problem, file: str | Path) -> Problem:
+    """A problem of one of the runs, told with the key and the line of the sweep file instead of the run's override."""
+    flags = [place.file for place in problem.places if place.file.startswith("--")]
+    if not flags:
+        return problem
+    document = read_source(file)
+    message, places = problem.message, []
+    for key in problem.keys:
+        path = undotted(key)
+        for flag in flags:
+            if flag == "--" + key.replace("_", "-"):
+                message = message.replace(f"`{flag}`", f"`{key}`")
+        spots = [path[:1], *((paired, i, *path[:1]) for paired in PAIRED for i in range(MOST))]
+        places += [document.spots[spot].value for spot in spots if spot in document.spots][:1]
+    excerpt = document.excerpt(places[0]) if places else ""
+    return replace(problem, message=message, places=tuple(places) or problem.places, excerpt=excerpt)
 
 
 def _paired(document: Document, key: str, value: Any, problems: list[Problem]) -> list[dict[str, Any]]:

@@ -6,13 +6,15 @@ import difflib
 import importlib
 from pathlib import Path
 
+from axolotl.config.secrets import masked
 from axolotl.config.yaml_file import MAX_BYTES, Document, decode, parse
 from axolotl.errors import ConfigError, Place, Problem
 
 
 def unreadable(name: str, why: str, remedy: str) -> ConfigError:
     """The error for a source that cannot be read."""
-    return ConfigError(Problem(f"{name} cannot be read: {why}.", remedy, "path", (), (Place(name),)))
+    shown = masked(name)
+    return ConfigError(Problem(f"{shown} cannot be read: {why}.", remedy, "path", (), (Place(shown),)))
 
 
 def read_source(source: str | Path) -> Document:

@@ -10,6 +10,12 @@ _KEY = re.compile(rf"(?:^|.*_)(?:{_NAME})$", re.IGNORECASE)
 _WRITTEN = re.compile(rf"\b((?:\w+_)?(?:{_NAME})['\"]?\s*[:=]\s*)([^\s,}}\]]+)", re.IGNORECASE)
 _VALUE = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,})")
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+# A signed address carries what opens it in its query.
+_QUERY = re.compile(
+    r"([?&;](?:[\w.-]*(?:token|key|secret|password|passwd|signature|credential)|sig|se|sp|sv|X-Amz-[\w-]+|X-Goog-[\w-]+)=)"
+    r"([^&;#\s'\"`,}\]]+)",
+    re.IGNORECASE,
+)
 
 
 def is_secret(key: str) -> bool:
@@ -24,7 +30,7 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, list):
         return [without_secrets(each) for each in value]
     if isinstance(value, str):
-        return _CREDENTIALS.sub("", _VALUE.sub("", value))
+        return _QUERY.sub(r"\1", _CREDENTIALS.sub("", _VALUE.sub("", value)))
     return value
 
 
@@ -32,4 +38,5 @@ def masked(line: str) -> str:
     """A line of a config with stars for what is secret; every other character stays in its column."""
     line = _WRITTEN.sub(lambda found: found[1] + "*" * len(found[2]), line)
     line = _VALUE.sub(lambda found: "*" * len(found[0]), line)
+    line = _QUERY.sub(lambda found: found[1] + "*" * len(found[2]), line)
     return _CREDENTIALS.sub(lambda found: "*" * (len(found[0]) - 1) + "@", line)

@@ -24,6 +24,7 @@ import fsspec
 import huggingface_hub
 
 from axolotl import __version__
+from axolotl.config.secrets import masked
 from axolotl.data.local import type_of
 from axolotl.data.readers import RowId
 from axolotl.data.sources import Row, Source
@@ -247,14 +248,14 @@ def fetch(url: str, data: DataSection, place: Place) -> Path:
             return Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path))
         return _copy(url)
     except Exception as error:
-        said = " ".join(str(error).split())
+        said, shown = " ".join(str(error).split()), masked(url)
         if isinstance(error, FileNotFoundError):
-            message, remedy = f"there is nothing at `{url}`.", "Correct `path`."
+            message, remedy = f"there is nothing at `{shown}`.", "Correct `path`."
         elif scheme not in ("http", "https") and scheme not in fsspec.available_protocols():
-            message = f"`{url}` begins with `{scheme}://`, which is not known."
+            message = f"`{shown}` begins with `{scheme}://`, which is not known."
             remedy = f"Known: http, https, hf, {', '.join(_EXTRAS)}."
         else:
-            message = f"`{url}` cannot be downloaded: {type(error).__name__}: {said}"
+            message = f"`{shown}` cannot be downloaded: {type(error).__name__}: {masked(said)}"
             remedy = "Check the address, the network connection and your credentials."
         raise DataError(Problem(message, remedy, "path", places=(place,))) from error
 

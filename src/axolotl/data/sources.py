@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from axolotl.config.secrets import without_secrets
 from axolotl.data.local import TYPES, local_readers
 from axolotl.data.readers import PEEK_ROWS, Reader, RowId
 from axolotl.data.splits import Part, Shard, parse_split, ranges, shard_rows
@@ -260,9 +261,9 @@ def open_source(
     # `datasets` takes seconds to import, and most runs read local files.
     if _URL.match(path):
         remote = importlib.import_module("axolotl.data.remote")
-        local = remote.fetch(path, data, place)
-        readers, used = local_readers(entry, place, parts, bool(entry.split), path=local, shown=path)
-        return FileSource(path, readers, used, shard, place)
+        local, shown = remote.fetch(path, data, place), without_secrets(path)
+        readers, used = local_readers(entry, place, parts, bool(entry.split), path=local, shown=shown)
+        return FileSource(shown, readers, used, shard, place)
     if is_local(path, entry):
         readers, used = local_readers(entry, place, parts, bool(entry.split))
         return FileSource(path, readers, used, shard, place)

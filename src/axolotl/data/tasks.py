@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from axolotl.config.secrets import without_secrets
 from axolotl.console import show_problem
 from axolotl.data import cache
 from axolotl.data.filters import Limits
@@ -38,7 +39,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        return str(self.entry.path or self.key)
+        return str(without_secrets(self.entry.path) or self.key)
 
 
 def open_tasks(

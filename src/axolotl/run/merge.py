@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ def merge_trained(
         stop_tokens=stop_tokens(cfg, tokenizer),
         base=base,  # type: ignore[arg-type]
     )
-    config = cfg.sources[0] if cfg.sources else "config.yml"
-    console.note(f"Next:\n  axolotl inference {config} --base-model {target} --chat")
+    words = cfg.words("lora_model_dir", "base_model", of=("model", "adapter", "data"))
+    ask = shlex.join(["axolotl", "inference", *words, "--base-model", str(target), "--chat"])
+    console.note(f"Next:\n  {ask}")
     return report
 
 

@@ -80,7 +80,10 @@ def _last_figures(file: Path) -> tuple[float | None, float | None]:
     loss = eval_loss = None
     if file.is_file():
         for line in file.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue  # the run died while it wrote this line
             loss = row.get("loss", loss)
             eval_loss = row.get("eval_loss", eval_loss)
     return loss, eval_loss

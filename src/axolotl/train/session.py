@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerState, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from axolotl.config import Config
+from axolotl.config.secrets import without_secrets
 from axolotl.console import note, success, warn
 from axolotl.data.stream import streamed_entries, streams
 from axolotl.distributed.world import keep_freed_memory, world
@@ -294,7 +295,10 @@ def model_card(trainer: Trainer, cfg: Config) -> str:
     """A short README: what was trained, on what, and how it can be made again."""
     base, volume = cfg.model.base_model, trainer.parts.volume  # type: ignore[attr-defined]
     kind = cfg.adapter.adapter
-    data = ", ".join(f"`{entry.path}`" for _, entry, _ in streamed_entries(cfg.data)) or "none named"
+    data = (
+        ", ".join(f"`{without_secrets(str(entry.path))}`" for _, entry, _ in streamed_entries(cfg.data))
+        or "none named"
+    )
     extent = f"in {volume.epochs:.4g} epochs of {volume.tokens_per_epoch:,} tokens"
     if streams(cfg.data):
         extent = f"of {trainer.state.num_input_tokens_seen:,} streamed tokens"
