@@ -105,6 +105,11 @@ class Config:
         spot = self._spot(key)
         return spot.value if spot else Place(str(self.sources[0]) if self.sources else "config")
 
+    def key_place(self, key: str) -> Place:
+        """Where the key itself stands."""
+        spot = self._spot(key)
+        return spot.key if spot else self.place(key)
+
     def excerpt(self, place: Place) -> str:
         """The line of a place with a caret below it; empty for an override."""
         return excerpt(self.lines.get(place.file, []), place)

@@ -22,7 +22,7 @@ from axolotl.errors import ModelError, Problem
 from axolotl.model.adapter_files import adapter_config, check_adapter_fits
 from axolotl.model.embeddings import embedding_rows, resize_embeddings, rows_in_adapter
 from axolotl.model.files import ADAPTER_WEIGHTS
-from axolotl.model.targets import check_saved_modules, target_modules
+from axolotl.model.targets import check_names, target_modules
 
 if TYPE_CHECKING:
     from axolotl.config.adapter import AdapterSection
@@ -164,7 +164,7 @@ def build_config(
                     model.config.model_type, []
                 )
                 options["feedforward_modules"] = [t for t in targets if t in inner]
-    check_saved_modules(model, adapter)
+    check_names(model, adapter)
     if new_tokens and "trainable_token_indices" in fields and "trainable_token_indices" not in options:
         rows = _rows_to_train(model, adapter, new_tokens)
         if rows:

@@ -51,7 +51,7 @@ def target_modules(model: PreTrainedModel, adapter: AdapterSection) -> str | lis
             return wanted
         wanted = [wanted]
     # PEFT itself takes a list of which only one entry matches; a misspelt layer would go untrained in silence.
-    lost = [w for w in wanted or [] if not any(n == w or n.endswith(f".{w}") for n in names)]
+    lost = [w for w in wanted or [] if not any(_ends(w, n) for n in names)]
     if lost:
         raise ModelError(
             Problem(
@@ -87,19 +87,60 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(names[:16]) + (f" and {len(names) - 16} more" if len(names) > 16 else "")
 
 
-def check_saved_modules(model: PreTrainedModel, adapter: AdapterSection) -> None:
-    """Raises ModelError for entries of `lora_modules_to_save` that match no layer."""
-    names = [n for n, _ in model.named_modules() if n]
-    lost = [
-        w for w in adapter.lora_modules_to_save or () if not any(n == w or n.endswith(f".{w}") for n in names)
+def check_names(model: PreTrainedModel, adapter: AdapterSection) -> None:
+    """Raises ModelError for every name beside the targets that matches no layer or weight; PEFT passes over them."""
+    layers = [n for n, _ in model.named_modules() if n]
+    weights = [n for n, _ in model.named_parameters()]
+    patterns = {
+        "lora_rank_pattern": adapter.lora_rank_pattern,
+        "lora_alpha_pattern": adapter.lora_alpha_pattern,
+    }
+    asked = [
+        ("lora_modules_to_save", adapter.lora_modules_to_save, layers, _ends),
+        ("lora_target_parameters", adapter.lora_target_parameters, weights, _ends),
+        (
+            "lora_exclude_modules",
+            adapter.lora_exclude_modules,
+            layers,
+            _whole if isinstance(adapter.lora_exclude_modules, str) else _ends,
+        ),
+        *((key, list(value or ()), layers, _end_by_pattern) for key, value in patterns.items()),
     ]
-    if lost:
-        last = sorted({n.rsplit(".", 1)[-1] for n in names if not n.rsplit(".", 1)[-1].isdigit()})
-        raise ModelError(
-            Problem(
-                f"`lora_modules_to_save: {w}` matches no layer of this model.",
-                f"Layers there: {_names(last)}.",
-                keys=("lora_modules_to_save",),
-            )
-            for w in lost
-        )
+    problems = [
+        _lost(key, wanted, names)
+        for key, value, names, fits in asked
+        for wanted in ([value] if isinstance(value, str) else value or ())
+        if not any(fits(wanted, name) for name in names)
+    ]
+    if problems:
+        raise ModelError(problems)
+
+
+def _ends(wanted: str, name: str) -> bool:
+    return name == wanted or name.endswith(f".{wanted}")
+
+
+def _end_by_pattern(wanted: str, name: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({wanted})$", name) is not None
+    except re.error:
+        return False
+
+
+def _whole(wanted: str, name: str) -> bool:
+    try:
+        return re.fullmatch(wanted, name) is not None
+    except re.error:
+        return False
+
+
+def _lost(key: str, wanted: str, names: list[str]) -> Problem:
+    of_weights = key == "lora_target_parameters"
+    parts = 2 if of_weights else 1
+    last = sorted({".".join(n.split(".")[-parts:]) for n in names if not n.rsplit(".", 1)[-1].isdigit()})
+    what = "weight" if of_weights else "layer"
+    return Problem(
+        f"`{key}: {wanted}` matches no {what} of this model.",
+        f"{what.title()}s there: {_names(last)}.",
+        keys=(key,),
+    )
