@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from axolotl.cli.sweep import Trial, expand_sweep
+from axolotl.cli.overrides import parse_overrides
+from axolotl.cli.sweep import Trial, checked_trials, expand_sweep
 from axolotl.config import load_config
 from axolotl.errors import ConfigError
 
@@ -86,3 +87,26 @@ def test_a_wrong_sweep_is_told(tmp_path: Path, text: str, kind: str, word: str) 
     [problem] = caught.value.problems
     assert problem.kind == kind
     assert word in problem.message + problem.remedy
+
+
+def test_every_mistake_is_told_in_the_sweep_file(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yml"
+    file.write_text("learning_rate: [1e-4, abc]\nlora_r: [4, 0]\n_:\n  - {lora_dropout: 2}\n")
+
+    def load(flags: list[str]) -> object:
+        base = tmp_path / "c.yml"
+        base.write_text(
+            "base_model: x\ndatasets: [{path: a, type: alpaca}]\nadapter: lora\nlora_r: 1\nlora_alpha: 2\n"
+            "lora_target_linear: true\nlearning_rate: 1\n"
+        )
+        return load_config(base, parse_overrides(flags))
+
+    with pytest.raises(ConfigError) as caught:
+        checked_trials(file, "out", load)
+    found = {(p.keys[0], p.places[0].line, p.message.split()[0]) for p in caught.value.problems}
+    assert found == {
+        ("learning_rate", 1, "`learning_rate`"),
+        ("lora_r", 2, "`lora_r`"),
+        ("lora_dropout", 4, "`lora_dropout`"),
+    }
+    assert {p.places[0].file for p in caught.value.problems} == {str(file)}

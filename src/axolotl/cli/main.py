@@ -147,26 +147,12 @@ def train(ctx: click.Context, args: tuple[str, ...], sweep: Path | None) -> None
 
 def _sweep(args: tuple[str, ...], file: Path) -> int:
     """Checks every run of the sweep, then trains them. 0 where all ended well."""
-    import json
-
-    from axolotl.cli.sweep import expand_sweep, in_sweep
+    from axolotl.cli.sweep import checked_trials
     from axolotl.run.sweep import Run, sweep
 
     base = _load(args, "train")
-    runs = []
-    problems: dict[str, Problem] = {}
-    for trial in expand_sweep(file):
-        values = trial.overrides(base.output.output_dir)
-        flags = [
-            f"--{k.replace('_', '-')}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()
-        ]
-        try:
-            _load((*args, *flags), "train")
-        except ConfigError as error:
-            problems.update((problem.message, in_sweep(problem, file)) for problem in error.problems)
-        runs.append(Run(Path(values["output_dir"]), trial.values, [*args, *flags]))
-    if problems:
-        raise ConfigError(problems.values())
+    trials = checked_trials(file, base.output.output_dir, lambda flags: _load((*args, *flags), "train"))
+    runs = [Run(folder, trial.values, [*args, *flags]) for trial, folder, flags in trials]
     outcomes = sweep(runs, Path(base.output.output_dir))
     return 0 if len(outcomes) == len(runs) and all(o.exit_code == 0 for o in outcomes) else 1
 

@@ -10,7 +10,9 @@ paired:                         # and each of these together (`_` is the older n
 from __future__ import annotations
 
 import itertools
+import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,27 @@ def expand_sweep(file: str | Path) -> list[Trial]:
     for number, chosen in enumerate(itertools.product(*axes)):
         together = {key: value for part in chosen for key, value in part.items()}
         trials.append(Trial(f"sweep-{number:03d}{_slug(together)}", together))
+    return trials
+
+
+def checked_trials(
+    file: str | Path, output_dir: str, load: Callable[[list[str]], object]
+) -> list[tuple[Trial, Path, list[str]]]:
+    """Every trial with its folder and its flags, each of them loaded once. Raises ConfigError with all their problems."""
+    trials = []
+    problems: dict[str, Problem] = {}
+    for trial in expand_sweep(file):
+        values = trial.overrides(output_dir)
+        flags = [
+            f"--{k.replace('_', '-')}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items()
+        ]
+        try:
+            load(flags)
+        except ConfigError as error:
+            problems.update((problem.message, in_sweep(problem, file)) for problem in error.problems)
+        trials.append((trial, Path(values["output_dir"]), flags))
+    if problems:
+        raise ConfigError(problems.values())
     return trials
 
 
