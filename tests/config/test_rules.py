@@ -35,12 +35,6 @@ BROKEN = [
     ("val_set_size_leaves_rows", "val_set_size: 1", "invalid_value", "val_set_size"),
     ("val_set_size_leaves_rows", "val_set_size: 2.5", "invalid_value", "val_set_size"),
     (
-        "deduplication_needs_preparation",
-        "dataset_exact_deduplication: true\nskip_prepare_dataset: true",
-        "conflict",
-        "dataset_exact_deduplication skip_prepare_dataset",
-    ),
-    (
         "a_stream_needs_its_steps",
         "datasets:\npretraining_dataset: a",
         "missing",
@@ -89,7 +83,6 @@ BROKEN = [
         "warning",
         "pretrain_multipack_attn",
     ),
-    ("uploads_need_the_token", "push_dataset_to_hub: me", "conflict", "push_dataset_to_hub"),
     ("jinja_needs_its_text", "chat_template: jinja", "missing", "chat_template"),
     (
         "jinja_needs_its_text",
@@ -174,6 +167,12 @@ BROKEN = [
         "conflict",
         "dataloader_prefetch_factor",
     ),
+    (
+        "loading_ahead_needs_workers",
+        "dataloader_prefetch_factor: 2",
+        "conflict",
+        "dataloader_prefetch_factor",
+    ),
     ("one_length_of_warmup", "warmup_steps: 3\nwarmup_ratio: 0.1", "conflict", "warmup_steps warmup_ratio"),
     (
         "one_learning_rate_of_embeddings",
@@ -181,15 +180,13 @@ BROKEN = [
         "warning",
         "embedding_lr embedding_lr_scale",
     ),
-    ("adam_keys_need_adam", "optimizer: sgd\nadam_beta1: 0.9", "warning", "adam_beta1 optimizer"),
     ("optim_args_are_pairs", "optim_args: fused", "invalid_value", "optim_args"),
     (
-        "cosine_keys_need_cosine",
-        "lr_scheduler: linear\ncosine_min_lr_ratio: 0.1",
-        "warning",
-        "cosine_min_lr_ratio lr_scheduler",
+        "a_constant_end_needs_its_height",
+        "cosine_constant_lr_ratio: 0.1",
+        "conflict",
+        "cosine_constant_lr_ratio",
     ),
-    ("cosine_keys_need_cosine", "cosine_constant_lr_ratio: 0.1", "conflict", "cosine_constant_lr_ratio"),
     (
         "one_rhythm_of_evaluation",
         "val_set_size: 9\neval_steps: 2\nevals_per_epoch: 2",
@@ -303,6 +300,39 @@ BROKEN = [
         "lora_target_linear adapter",
     ),
     ("lora_keys_need_an_adapter", "lora_r: 8", "warning", "lora_r"),
+    (
+        "lora_keys_need_an_adapter",
+        "lora_dropout: 0.1\npeft_use_dora: true",
+        "warning",
+        "lora_dropout peft_use_dora",
+    ),
+    ("lora_keys_need_an_adapter", "merge_lora: true", "warning", "merge_lora"),
+    (
+        "a_saved_adapter_keeps_its_shape",
+        LORA + "\nlora_model_dir: out",
+        "warning",
+        "lora_r lora_alpha lora_target_linear lora_model_dir",
+    ),
+    (
+        "the_rate_of_adapted_embeddings_needs_its_ratio",
+        LORA + "\nloraplus_lr_embedding: 1e-5",
+        "warning",
+        "loraplus_lr_embedding",
+    ),
+    (
+        "an_adapter_freezes_the_rest",
+        LORA + "\nunfrozen_parameters: [lm_head]",
+        "warning",
+        "unfrozen_parameters adapter",
+    ),
+    ("limits_of_memory_need_a_map", "max_memory: {0: 10GiB}", "warning", "max_memory"),
+    ("limits_of_memory_need_a_map", "gpu_memory_limit: 10", "warning", "gpu_memory_limit"),
+    (
+        "synthetic_keys_need_synthetic_rows",
+        "datasets: [{path: a, type: alpaca, sequence_length: 8}]",
+        "warning",
+        "datasets[0].sequence_length",
+    ),
     (
         "target_patterns_are_valid",
         LORA + "\nlora_target_modules: '(q|k_proj'",

@@ -14,7 +14,7 @@ from axolotl.config.adapter import AdapterSection
 from axolotl.config.optim import OptimSection
 from axolotl.errors import ConfigError, EnvironmentProblem, ModelError
 from axolotl.optim.adopt import Adopt
-from axolotl.optim.build import build_optimizer
+from axolotl.optim.build import build_optimizer, build_schedule
 from axolotl.optim.combined import Combined
 from axolotl.optim.groups import parameter_groups
 from axolotl.optim.lion import Lion
@@ -22,7 +22,7 @@ from axolotl.optim.options import options
 from axolotl.optim.registry import optimizers
 
 FACTS = {name: optimizers.describe(name).facts for name in optimizers.names()}
-BUILT_IN = [name for name, facts in FACTS.items() if not facts]
+BUILT_IN = [name for name, facts in FACTS.items() if not {"extra", "unavailable"} & set(facts)]
 REFERENCE = [
     "adamw_torch",
     "adamw_torch_fused",
@@ -223,6 +223,14 @@ def test_frozen_parameters_stay_out():
     net.requires_grad_(False)
     with pytest.raises(ModelError, match="No parameter"):
         parameter_groups(net, section(), AdapterSection())
+
+
+@pytest.mark.parametrize("scheduler", ["polynomial", "cosine", "reduce_lr_on_plateau", "one_cycle"])
+def test_a_combined_optimizer_takes_every_kind_of_schedule(scheduler):
+    net = Net()
+    cfg = section(optimizer="muon", lr_scheduler=scheduler)
+    schedule = build_schedule(build(net, optimizer="muon"), cfg, 10)
+    assert schedule.optimizer.defaults["lr"] == cfg.learning_rate
 
 
 def test_muon_takes_the_matrices_of_the_layers_only():

@@ -101,3 +101,54 @@ def test_no_torch_is_needed(tmp_path: Path) -> None:
         [sys.executable, "-c", program, str(tmp_path / "c.yml")], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("optimizer: sgd\nadam_beta1: 0.9", "adam_beta1"),
+        ("optimizer: lion\nadam_epsilon: 1e-6", "adam_epsilon"),
+        ("adam_beta3: 0.999", "adam_beta3"),
+        ("adam_epsilon2: 1e-8", "adam_epsilon2"),
+        ("optimizer: schedule_free_sgd\nadam_beta2: 0.9", "adam_beta2"),
+        ("lr_div_factor: 10", "lr_div_factor"),
+        ("lr_scheduler: linear\ncosine_min_lr_ratio: 0.1", "cosine_min_lr_ratio"),
+        ("lr_scheduler: rex\ncosine_constant_lr_ratio: 0.1", "cosine_constant_lr_ratio"),
+        ("lr_scheduler_kwargs: {num_cylces: 1}", "lr_scheduler_kwargs.num_cylces"),
+        ("lr_scheduler: rex\nlr_scheduler_kwargs: {num_cycles: 1}", "lr_scheduler_kwargs.num_cycles"),
+        ("lr_scheduler: constant\nlr_scheduler_kwargs: {a: 1}", "lr_scheduler_kwargs.a"),
+    ],
+)
+def test_a_key_that_the_optimizer_or_schedule_does_not_read_is_told(
+    tmp_path: Path, text: str, key: str
+) -> None:
+    [problem] = load(text, tmp_path)
+    assert (problem.kind, problem.keys[0]) == ("warning", key)
+    assert problem.places[0].line is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "optimizer: came_pytorch\nadam_beta3: 0.999\nadam_epsilon2: 1e-8",
+        "optimizer: muon\nadam_beta1: 0.9",
+        "optimizer: lion_8bit\nadam_beta2: 0.9",
+        "optimizer: schedule_free_adamw\nadam_beta2: 0.9",
+        "lr_scheduler: one_cycle\nlr_div_factor: 10\nlr_scheduler_kwargs: {final_div_factor: 10}",
+        "lr_scheduler: rex\ncosine_min_lr_ratio: 0.1\nlr_quadratic_warmup: true",
+        "lr_scheduler_kwargs: {num_cycles: 1}",
+        "lr_scheduler: polynomial\nlr_scheduler_kwargs: {power: 2}",
+    ],
+)
+def test_a_key_that_is_read_is_no_problem(tmp_path: Path, text: str) -> None:
+    assert load(text, tmp_path) == []
+
+
+def test_every_optimizer_and_schedule_says_which_keys_it_reads() -> None:
+    silent = [
+        name
+        for registry in (optimizers, schedules)
+        for name in registry
+        if not {"keys", "unavailable"} & set(registry.describe(name).facts)
+    ]
+    assert silent == []

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from axolotl.config.keys import owners
 from axolotl.config.train import TrainSection
 from axolotl.data.collate import PackedCollator, PaddedCollator
 from axolotl.distributed.world import only_repeatable_kernels
@@ -393,6 +394,13 @@ def test_changes_of_a_config_say_what_they_do():
         "`learning_rate` was 0.0001 and is 0.0002; training goes on with the saved 0.0001, which the optimizer holds",
         "`lora_dropout` was 0.1 and is 0.0; the new value holds from step 7 on",
     ]
+    assert {
+        "lora_rank_pattern",
+        "lora_exclude_modules",
+        "lora_alpha_pattern",
+        "peft_layers_pattern",
+    } <= SHAPING
+    assert {"peft_layer_replication", "peft_trainable_token_indices"} <= SHAPING <= set(owners())
     for key in SHAPING:
         assert changes({}, {key: "x"}, 6)[1][0].keys == (key,)
 

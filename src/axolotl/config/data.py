@@ -33,6 +33,9 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, dict) else value
 
 
+_COUNTED = "the prepared rows are counted"
+
+
 class DataSection(Section):
     """What is trained on: datasets, chat template, sequence length, packing."""
 
@@ -51,7 +54,7 @@ class DataSection(Section):
     """Folder in which tokenised data is kept for the next run."""
     num_dataset_shards_to_save: PositiveInt | None = idle("prepared rows are cut into files of a fixed size")
     """Number of files of the prepared dataset."""
-    push_dataset_to_hub: Text | None = None
+    push_dataset_to_hub: Text | None = later("uploading prepared data")
     """Hub organisation or user that gets the prepared dataset."""
     hf_use_auth_token: bool | None = None
     """Use the saved Hub token, as private datasets need."""
@@ -69,9 +72,9 @@ class DataSection(Section):
     """Keep the prepared data in memory instead of reading it from disk."""
     dataset_num_proc: PositiveInt | None = None
     """Processes that prepare data; chosen from the number of CPUs when unset."""
-    skip_prepare_dataset: bool = False
+    skip_prepare_dataset: bool = later("training on unprepared rows", False)
     """Hand the rows to the trainer as they are, unprepared."""
-    remove_unused_columns: bool | None = None
+    remove_unused_columns: bool | None = idle("prepared rows hold only what training needs")
     """Drop columns that the model does not take."""
     train_on_inputs: bool = False
     """Train on the prompts too, not only on the answers."""
@@ -105,17 +108,19 @@ class DataSection(Section):
     """Put several rows into one of sequence_len, without letting them see each other."""
     eval_sample_packing: bool | None = None
     """The same for evaluation; follows sample_packing when unset."""
-    sample_packing_group_size: PositiveInt = 100_000
+    sample_packing_group_size: PositiveInt = idle("packing looks at all rows at once", 100_000)
     """Rows among which packing looks for those that fit together."""
     sample_packing_bin_size: PositiveInt = 200
     """Most rows in one packed row."""
     sample_packing_sequentially: bool = False
     """Pack rows in the order they come."""
-    sample_packing_mp_start_method: Text | None = None
-    """How packing starts its processes; ours packs in one process."""
-    sample_packing_eff_est: Annotated[PositiveFloat | None, ZERO_IS_OFF] = None
-    """Share of packed rows that is not padding, once measured; ours computes it."""
-    multipack_real_batches: bool | None = None
+    sample_packing_mp_start_method: Text | None = idle("rows are packed in one process")
+    """How packing starts its processes."""
+    sample_packing_eff_est: Annotated[PositiveFloat | None, ZERO_IS_OFF] = idle(_COUNTED)
+    """Share of packed rows that is not padding; computed."""
+    multipack_real_batches: bool | None = idle(
+        "the attention decides whether packed rows are joined, and documents never see each other"
+    )
     """Keep packed rows apart in a batch instead of joining them into one long row."""
     pad_to_sequence_len: bool | None = None
     """Pad every row to sequence_len, which keeps memory steady."""
@@ -135,9 +140,9 @@ class DataSection(Section):
     """Context length that PoSE simulates."""
     pose_num_chunks: PositiveInt | None = later("PoSE")
     """Pieces into which PoSE cuts a row."""
-    total_num_tokens: Annotated[PositiveInt | None, ZERO_IS_OFF] = None
+    total_num_tokens: Annotated[PositiveInt | None, ZERO_IS_OFF] = idle(_COUNTED)
     """Tokens in the data; counted when unset."""
-    total_supervised_tokens: Annotated[PositiveInt | None, ZERO_IS_OFF] = None
+    total_supervised_tokens: Annotated[PositiveInt | None, ZERO_IS_OFF] = idle(_COUNTED)
     """Trained tokens in the data; counted when unset."""
 
     # Streaming

@@ -4,7 +4,22 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from axolotl.config.section import Block, Float, Int, NonNegativeInt, PositiveFloat, PositiveInt, Text, later
+from axolotl.config.section import (
+    Block,
+    Float,
+    Int,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Text,
+    idle,
+    later,
+)
+
+_NO_CODE = "the code of a dataset is never run"
+_OLD_CONVERSATION = (
+    "`type: chat_template` reads conversations, by the keys field_messages and message_property_mappings"
+)
 
 
 class PromptMapping(Block):
@@ -66,19 +81,19 @@ class DatasetEntry(Block):
     """File type: json, csv, parquet, arrow or text; told by the name when unset."""
     revision: Text | None = None
     """Branch, tag or commit of a Hub dataset."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the dataset. Only for sources that you trust."""
+    trust_remote_code: bool = idle(_NO_CODE, False)
+    """Run Python code that comes with the dataset; datasets that need it have to be converted to files first."""
     shards: PositiveInt | None = None
     """Cut the dataset into so many parts and use one of them."""
     shards_idx: NonNegativeInt | None = None
     """Which of these parts, counted from 0."""
-    preprocess_shards: PositiveInt | None = None
+    preprocess_shards: PositiveInt | None = idle("rows are always prepared piece by piece")
     """Prepare the dataset in so many parts, one after the other."""
-    input_transform: Text | None = None
+    input_transform: Text | None = later("transforming rows before their format reads them")
     """How rows are read before the format sees them."""
-    input_format: Text | None = None
+    input_format: Text | None = later("layouts around the input")
     """Layout of the text around the input."""
-    conversation: Text | None = None
+    conversation: Text | None = idle("`chat_template` says how turns are laid out")
     """Name of a conversation layout, as old files carry it; `chat_template` takes its place."""
 
     chat_template: Text | None = None
@@ -87,9 +102,9 @@ class DatasetEntry(Block):
     """The template itself, or the path of its file, where `chat_template` is `jinja`."""
     field: Text | None = None
     """Column with the text, for `completion`."""
-    field_human: Text | None = None
+    field_human: Text | None = idle(_OLD_CONVERSATION)
     """Column with the user's text, in old conversation formats."""
-    field_model: Text | None = None
+    field_model: Text | None = idle(_OLD_CONVERSATION)
     """Column with the model's text, in old conversation formats."""
     field_messages: Text | None = None
     """Column with the list of messages."""
@@ -163,8 +178,8 @@ class PretrainingEntry(Block):
     """Column with the text."""
     type: Text | dict[str, Any] = "pretrain"
     """Format of the rows."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the dataset. Only for sources that you trust."""
+    trust_remote_code: bool = idle(_NO_CODE, False)
+    """Run Python code that comes with the dataset; datasets that need it have to be converted to files first."""
     data_files: Text | list[Text] | None = None
     """The only files to read."""
     ds_type: Text | None = None

@@ -90,8 +90,8 @@ class DistributedSection(Section):
     ring_attn_func: Text | None = validated("parallel axes")
     """How they share attention: varlen_llama3 for packed rows, batch_ring, ..."""
     world_size: PositiveInt | None = None
-    """Number of processes; set by the launcher."""
-    local_rank: Int | None = None
+    """Number of processes that `plan` counts with; a run has as many as its launcher starts."""
+    local_rank: Int | None = idle("the launcher sets it")
     """Number of this process on its machine; set by the launcher."""
     use_ray: bool = validated("Ray", False)
     """Run on a Ray cluster."""

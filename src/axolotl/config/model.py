@@ -26,6 +26,7 @@ def _auto(value: Any) -> Any:
     return None if value == "auto" else value
 
 
+_DESCENT = "the model's own configuration says what it is"
 KERNELS = "this kernel is not built yet, and the plain path computes the same"
 
 
@@ -122,13 +123,13 @@ class ModelSection(Section):
     """Leave the model where loading put it."""
     llama4_linearized_experts: bool = later("mixture-of-experts kernels", False)
     """Use plain linear layers for the experts of Llama 4, so that they can be quantised."""
-    is_falcon_derived_model: bool | None = None
+    is_falcon_derived_model: bool | None = idle(_DESCENT)
     """Says that the model descends from Falcon, which its own configuration tells too."""
-    is_llama_derived_model: bool | None = None
+    is_llama_derived_model: bool | None = idle(_DESCENT)
     """Says that the model descends from Llama, which its own configuration tells too."""
-    is_mistral_derived_model: bool | None = None
+    is_mistral_derived_model: bool | None = idle(_DESCENT)
     """Says that the model descends from Mistral, which its own configuration tells too."""
-    is_qwen_derived_model: bool | None = None
+    is_qwen_derived_model: bool | None = idle(_DESCENT)
     """Says that the model descends from Qwen, which its own configuration tells too."""
     unfrozen_parameters: list[Text] | None = None
     """Patterns of the parameters that are trained; all others stay frozen. A pattern may end in a row range."""

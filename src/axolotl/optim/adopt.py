@@ -56,7 +56,7 @@ class Adopt(torch.optim.Optimizer):
         return loss
 
 
-@optimizers.register("adopt_adamw")
+@optimizers.register("adopt_adamw", keys=("adam_beta1", "adam_beta2", "adam_epsilon"))
 def adopt_adamw(groups: list[Group], optim: OptimSection, model: torch.nn.Module) -> torch.optim.Optimizer:
     """ADOPT with weight decay apart from the gradient."""
     eps = optim.adam_epsilon or 1e-6

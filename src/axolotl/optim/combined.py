@@ -13,7 +13,7 @@ class Combined(torch.optim.Optimizer):
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
-        super().__init__([g for part in parts for g in part.param_groups], {})
+        super().__init__([g for part in parts for g in part.param_groups], dict(parts[0].defaults))
         self._share()
 
     def _share(self) -> None:

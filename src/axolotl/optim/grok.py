@@ -42,7 +42,9 @@ def _kind(plain: type[Any]) -> type[Any]:
     return GrokAdamW
 
 
-@optimizers.register("grokadamw", extra="optimizers", package="grokadamw")
+@optimizers.register(
+    "grokadamw", keys=("adam_beta1", "adam_beta2", "adam_epsilon"), extra="optimizers", package="grokadamw"
+)
 def grokadamw(groups: list[Group], optim: OptimSection, model: torch.nn.Module) -> torch.optim.Optimizer:
     """GrokAdamW: AdamW that amplifies slow gradients."""
     before = logging.root.handlers[:], logging.root.level

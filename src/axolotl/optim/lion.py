@@ -50,7 +50,7 @@ class Lion(torch.optim.Optimizer):
         return loss
 
 
-@optimizers.register("lion", "lion_32bit")
+@optimizers.register("lion", "lion_32bit", keys=("adam_beta1", "adam_beta2"))
 def lion(groups: list[Group], optim: OptimSection, model: torch.nn.Module) -> torch.optim.Optimizer:
     """Lion; its learning rate is usually a third to a tenth of AdamW's."""
     return Lion(groups, lr=optim.learning_rate, betas=adam_betas(optim, (0.9, 0.99)), **options(optim))

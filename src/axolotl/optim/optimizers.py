@@ -18,7 +18,9 @@ from axolotl.optim.registry import optimizers
 from axolotl.registry import require_extra
 
 
-@optimizers.register("adamw_torch_fused", "adamw_torch", "adamw_hf")
+@optimizers.register(
+    "adamw_torch_fused", "adamw_torch", "adamw_hf", keys=("adam_beta1", "adam_beta2", "adam_epsilon")
+)
 def adamw(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """torch's AdamW, in one fused kernel where every parameter allows it."""
     dense = {p.device.type for g in groups for p in g["params"]} <= {"cpu", "cuda"}
@@ -26,29 +28,29 @@ def adamw(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimiz
     return torch.optim.AdamW(groups, **({"fused": dense and floating} | adam(optim)))
 
 
-@optimizers.register("sgd")
+@optimizers.register("sgd", keys=())
 def sgd(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     return torch.optim.SGD(groups, lr=optim.learning_rate, **options(optim))
 
 
-@optimizers.register("adagrad")
+@optimizers.register("adagrad", keys=())
 def adagrad(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     return torch.optim.Adagrad(groups, lr=optim.learning_rate, **options(optim))
 
 
-@optimizers.register("rmsprop")
+@optimizers.register("rmsprop", keys=())
 def rmsprop(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     return torch.optim.RMSprop(groups, lr=optim.learning_rate, **options(optim))
 
 
-@optimizers.register("adafactor")
+@optimizers.register("adafactor", keys=())
 def adafactor(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """Adafactor at the learning rate of the schedule, not at one of its own making."""
     own: dict[str, Any] = {"scale_parameter": False, "relative_step": False}
     return Adafactor(groups, lr=optim.learning_rate, **(own | options(optim)))
 
 
-@optimizers.register("muon")
+@optimizers.register("muon", keys=("adam_beta1", "adam_beta2", "adam_epsilon"))
 def muon(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """Muon for the matrices of the layers; AdamW for embeddings, head and vectors.
 
@@ -109,6 +111,7 @@ def _bitsandbytes(name: str, groups: list[Group], model: nn.Module, arguments: d
     "paged_adamw_8bit",
     "paged_adamw_32bit",
     "paged_adamw",
+    keys=("adam_beta1", "adam_beta2", "adam_epsilon"),
     extra="bitsandbytes",
     package="bitsandbytes",
 )
@@ -118,7 +121,12 @@ def adamw_bitsandbytes(groups: list[Group], optim: OptimSection, model: nn.Modul
 
 
 @optimizers.register(
-    "lion_8bit", "paged_lion_8bit", "paged_lion_32bit", extra="bitsandbytes", package="bitsandbytes"
+    "lion_8bit",
+    "paged_lion_8bit",
+    "paged_lion_32bit",
+    keys=("adam_beta1", "adam_beta2"),
+    extra="bitsandbytes",
+    package="bitsandbytes",
 )
 def lion_bitsandbytes(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """Lion with its state in 8 bits, or paged."""
@@ -131,6 +139,7 @@ def lion_bitsandbytes(groups: list[Group], optim: OptimSection, model: nn.Module
     "ademamix_8bit",
     "paged_ademamix_32bit",
     "paged_ademamix_8bit",
+    keys=("adam_beta1", "adam_beta2", "adam_beta3", "adam_epsilon"),
     extra="bitsandbytes",
     package="bitsandbytes",
 )
@@ -142,7 +151,12 @@ def ademamix(groups: list[Group], optim: OptimSection, model: nn.Module) -> Opti
 
 
 @optimizers.register(
-    "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", extra="bitsandbytes", package="bitsandbytes"
+    "rmsprop_bnb",
+    "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit",
+    keys=(),
+    extra="bitsandbytes",
+    package="bitsandbytes",
 )
 def rmsprop_bitsandbytes(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     return _bitsandbytes(optim.optimizer, groups, model, {"lr": optim.learning_rate} | options(optim))
@@ -154,6 +168,7 @@ def rmsprop_bitsandbytes(groups: list[Group], optim: OptimSection, model: nn.Mod
     "ao_adamw_8bit",
     "ao_adamw_4bit",
     "ao_adamw_fp8",
+    keys=("adam_beta1", "adam_beta2", "adam_epsilon"),
     extra="torchao",
     package="torchao",
 )
@@ -168,11 +183,12 @@ def adamw_torchao(groups: list[Group], optim: OptimSection, model: nn.Module) ->
 
 @optimizers.register(
     "schedule_free_adamw",
-    "schedule_free_sgd",
     "schedule_free_radam",
+    keys=("adam_beta1", "adam_beta2", "adam_epsilon"),
     extra="optimizers",
     package="schedulefree",
 )
+@optimizers.register("schedule_free_sgd", keys=(), extra="optimizers", package="schedulefree")
 def schedule_free(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """An optimizer that averages its own path instead of following a schedule; use it with a constant one."""
     package = require_extra("schedulefree", "optimizers", f"`optimizer: {optim.optimizer}`", "optimizer")
@@ -182,7 +198,13 @@ def schedule_free(groups: list[Group], optim: OptimSection, model: nn.Module) ->
     return kind(groups, **adam(optim))
 
 
-@optimizers.register("optimi_adamw", "stable_adamw", extra="optimizers", package="optimi")
+@optimizers.register(
+    "optimi_adamw",
+    "stable_adamw",
+    keys=("adam_beta1", "adam_beta2", "adam_epsilon"),
+    extra="optimizers",
+    package="optimi",
+)
 def optimi(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """AdamW of optimi, exact in pure bfloat16 by Kahan summation; or StableAdamW, which clips its own updates."""
     package = require_extra("optimi", "optimizers", f"`optimizer: {optim.optimizer}`", "optimizer")
@@ -192,7 +214,12 @@ def optimi(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimi
     return kind(groups, **(own | adam(optim)))
 
 
-@optimizers.register("came_pytorch", extra="optimizers", package="came_pytorch")
+@optimizers.register(
+    "came_pytorch",
+    keys=("adam_beta1", "adam_beta2", "adam_beta3", "adam_epsilon", "adam_epsilon2"),
+    extra="optimizers",
+    package="came_pytorch",
+)
 def came(groups: list[Group], optim: OptimSection, model: nn.Module) -> Optimizer:
     """CAME: Adafactor's memory with Adam's stability."""
     package = require_extra("came_pytorch", "optimizers", f"`optimizer: {optim.optimizer}`", "optimizer")

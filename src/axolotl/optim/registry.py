@@ -6,6 +6,8 @@ An optimizer is a builder `(groups, optim, model) -> torch.optim.Optimizer`, a s
 unavailable   why it cannot be used here, and what to use instead
 extra         the extra that brings the package it needs
 package       the module that has to be there for it
+keys          the keys of the config, among those of one kind of optimizer or schedule, that it reads
+kwargs        the names in `lr_scheduler_kwargs` that a schedule takes, where it would not refuse others itself
 """
 
 from __future__ import annotations

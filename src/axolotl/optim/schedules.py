@@ -12,10 +12,9 @@ from axolotl.config.optim import OptimSection
 from axolotl.optim.registry import schedules
 
 
+@schedules.register("constant", "constant_with_warmup", keys=(), kwargs=())
 @schedules.register(
     "linear",
-    "constant",
-    "constant_with_warmup",
     "cosine_with_restarts",
     "polynomial",
     "inverse_sqrt",
@@ -24,6 +23,7 @@ from axolotl.optim.registry import schedules
     "cosine_warmup_with_min_lr",
     "warmup_stable_decay",
     "greedy",
+    keys=(),
 )
 def transformers_schedule(optimizer: Optimizer, optim: OptimSection, warmup: int, total: int) -> LRScheduler:
     """A schedule of transformers, with `lr_scheduler_kwargs` as its own arguments."""
@@ -44,7 +44,11 @@ def transformers_schedule(optimizer: Optimizer, optim: OptimSection, warmup: int
     )
 
 
-@schedules.register("cosine")
+@schedules.register(
+    "cosine",
+    keys=("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_quadratic_warmup"),
+    kwargs=("num_cycles",),
+)
 def cosine(optimizer: Optimizer, optim: OptimSection, warmup: int, total: int) -> LRScheduler:
     """Half a cosine from the full rate down to `cosine_min_lr_ratio` of it (0 by default).
 
@@ -68,7 +72,7 @@ def cosine(optimizer: Optimizer, optim: OptimSection, warmup: int, total: int) -
     return LambdaLR(optimizer, factor)
 
 
-@schedules.register("rex")
+@schedules.register("rex", keys=("cosine_min_lr_ratio", "lr_quadratic_warmup"), kwargs=())
 def rex(optimizer: Optimizer, optim: OptimSection, warmup: int, total: int) -> LRScheduler:
     """REX: stays high for long and drops late; ends at `cosine_min_lr_ratio` of the full rate."""
     low = optim.cosine_min_lr_ratio or 0.0
@@ -82,7 +86,7 @@ def rex(optimizer: Optimizer, optim: OptimSection, warmup: int, total: int) -> L
     return LambdaLR(optimizer, factor)
 
 
-@schedules.register("one_cycle")
+@schedules.register("one_cycle", keys=("lr_div_factor",), kwargs=("div_factor", "final_div_factor"))
 def one_cycle(optimizer: Optimizer, optim: OptimSection, warmup: int, total: int) -> LRScheduler:
     """One cycle: up from 1/`lr_div_factor` (25) of the full rate by a cosine, then down to a tiny rate by another."""
     arguments = optim.lr_scheduler_kwargs or {}

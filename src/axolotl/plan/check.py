@@ -48,6 +48,9 @@ MEANT = {
 }
 # Schedules that files carry and that are gone.
 SCHEDULES_GONE = ("log_sweep",)
+# Keys that some optimizers or schedules read; which ones do stands at their registration.
+_OF_OPTIMIZERS = ("adam_beta1", "adam_beta2", "adam_beta3", "adam_epsilon", "adam_epsilon2")
+_OF_SCHEDULES = ("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_quadratic_warmup", "lr_div_factor")
 TEMPLATES = PACKAGE_ROOT / "data" / "templates"
 _FALLBACK = "tokenizer_default_fallback_"
 
@@ -71,6 +74,9 @@ def component_problems(cfg: Config, *, complete: bool = False) -> list[Problem]:
     return [
         *_named(cfg, "optimizer", optimizers, all_known),
         *_named(cfg, "lr_scheduler", schedules, all_known),
+        *_unread(cfg, "optimizer", optimizers, _OF_OPTIMIZERS),
+        *_unread(cfg, "lr_scheduler", schedules, _OF_SCHEDULES),
+        *_schedule_arguments(cfg),
         *_adapter(cfg, all_known),
         *_formats(cfg, all_known),
         *_templates(cfg),
@@ -95,6 +101,36 @@ def _named(cfg: Config, key: str, registry: Registry[Any], all_known: bool) -> I
     elif all_known:
         usable = [each for each in registry if "unavailable" not in registry.describe(each).facts]
         yield _unknown(cfg, key, name, usable)
+
+
+def _unread(cfg: Config, key: str, registry: Registry[Any], keys: Sequence[str]) -> Iterator[Problem]:
+    """Keys that are written and that the chosen optimizer or schedule does not read."""
+    name = cfg.get(key)
+    read = registry.describe(name).facts.get("keys") if name in registry else None
+    if read is None:
+        return  # a plugin's, which does not say
+    for each in keys:
+        if cfg.is_set(each) and cfg.get(each) and each not in read:
+            yield cfg.problem(
+                f"`{each}` has no effect on `{key}: {name}`.", f"Delete `{each}`.", each, key, kind="warning"
+            )
+
+
+def _schedule_arguments(cfg: Config) -> Iterator[Problem]:
+    name = cfg.optim.lr_scheduler
+    takes = schedules.describe(name).facts.get("kwargs") if name in schedules else None
+    if takes is None:
+        return  # it refuses what it does not take
+    for each in cfg.optim.lr_scheduler_kwargs or ():
+        if each not in takes:
+            near = did_you_mean(nearest(each, takes))
+            yield cfg.problem(
+                f"`lr_scheduler_kwargs.{each}` has no effect on `lr_scheduler: {name}`.",
+                near or f"Delete `{each}`.",
+                f"lr_scheduler_kwargs.{each}",
+                "lr_scheduler",
+                kind="warning",
+            )
 
 
 def _unknown(cfg: Config, key: str, name: str, known: Sequence[str]) -> Problem:

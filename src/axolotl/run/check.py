@@ -19,7 +19,7 @@ def check(cfg: Config) -> Sequence[Problem]:
         try:
             # They bring names of their own, so names are looked at once they are there.
             import_plugins(cfg)
-            problems += component_problems(cfg, complete=True)
+            problems += [p for p in component_problems(cfg, complete=True) if p not in problems]
         except UserError as error:
             problems += error.problems
     return [*problems, *problems_beforehand(cfg, detect_hardware(), data=True)]

@@ -35,7 +35,8 @@ PACKAGES = (
 RESUMING = frozenset({"resume_from_checkpoint", "auto_resume_from_checkpoints"})
 _SHAPING = (
     "base_model adapter lora_r lora_target_modules lora_target_linear lora_target_parameters lora_modules_to_save "
-    "lora_layers_to_transform peft_use_dora peft_layers_to_transform tokens special_tokens unfrozen_parameters "
+    "lora_exclude_modules lora_rank_pattern lora_alpha_pattern peft_use_dora peft_layers_to_transform "
+    "peft_layers_pattern peft_layer_replication peft_trainable_token_indices tokens special_tokens unfrozen_parameters "
     "resize_token_embeddings_to_32x optimizer optim_target_modules loraplus_lr_ratio lr_groups"
 )
 SHAPING = frozenset(_SHAPING.split())

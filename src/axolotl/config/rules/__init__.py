@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from axolotl.config.rules import adapter, data, devices, loss, plugins, schedule, streaming
+from axolotl.config.rules import adapter, data, devices, loss, plugins, schedule, streaming, unread
 from axolotl.config.rules.rulebook import RULES, Rule, broken_rules, rule
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "rule",
     "schedule",
     "streaming",
+    "unread",
 ]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from axolotl.config.config import Config
-from axolotl.config.rules.rulebook import TRAINING, conflict, rule, warning
+from axolotl.config.rules.rulebook import conflict, rule, warning
 from axolotl.errors import Problem
 
 _TRAINS = ("train", "check", "plan", "doctor")
@@ -117,36 +117,6 @@ def lora_has_targets(cfg: Config) -> Iterator[Problem]:
             "lora_target_parameters",
             "adapter",
             kind="missing",
-        )
-
-
-@rule(
-    "adapter",
-    "lora_r",
-    "lora_target_modules",
-    "lora_target_linear",
-    "lora_model_dir",
-    "loraplus_lr_ratio",
-    verbs=TRAINING,
-)
-def lora_keys_need_an_adapter(cfg: Config) -> Iterator[Problem]:
-    """Without `adapter` the whole model is trained."""
-    if cfg.adapter.adapter:
-        return
-    keys = (
-        "lora_r",
-        "lora_target_modules",
-        "lora_target_linear",
-        "lora_modules_to_save",
-        "loraplus_lr_ratio",
-    )
-    written = [key for key in keys if cfg.is_set(key) and cfg.get(key)]
-    if written:
-        yield warning(
-            f"`{written[0]}` has no effect without `adapter`: the whole model is trained.",
-            "Add `adapter: lora` if you mean to train an adapter.",
-            *written,
-            "adapter",
         )
 
 

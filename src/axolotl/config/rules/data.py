@@ -112,30 +112,6 @@ def val_set_size_leaves_rows(cfg: Config) -> Iterator[Problem]:
         )
 
 
-@rule("dataset_exact_deduplication", "skip_prepare_dataset")
-def deduplication_needs_preparation(cfg: Config) -> Iterator[Problem]:
-    """Rows are compared after they were tokenised."""
-    if cfg.data.dataset_exact_deduplication and cfg.data.skip_prepare_dataset:
-        yield conflict(
-            "`dataset_exact_deduplication` compares prepared rows, but `skip_prepare_dataset` prepares none.",
-            "Set one of them to false.",
-            "dataset_exact_deduplication",
-            "skip_prepare_dataset",
-        )
-
-
-@rule("push_dataset_to_hub", "hf_use_auth_token")
-def uploads_need_the_token(cfg: Config) -> Iterator[Problem]:
-    """Nobody may write to the Hub without a token."""
-    if cfg.data.push_dataset_to_hub and not cfg.data.hf_use_auth_token:
-        yield conflict(
-            "`push_dataset_to_hub` writes to the Hub, which takes a token.",
-            "Set `hf_use_auth_token: true`.",
-            "push_dataset_to_hub",
-            "hf_use_auth_token",
-        )
-
-
 @rule("chat_template", "chat_template_jinja", "datasets")
 def jinja_needs_its_text(cfg: Config) -> Iterator[Problem]:
     """`chat_template: jinja` means: the template is in chat_template_jinja."""

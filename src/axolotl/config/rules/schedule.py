@@ -66,10 +66,10 @@ def a_step_has_one_size(cfg: Config) -> Iterator[Problem]:
 @rule("dataloader_prefetch_factor", "dataloader_num_workers")
 def loading_ahead_needs_workers(cfg: Config) -> Iterator[Problem]:
     """Only worker processes load ahead."""
-    if cfg.train.dataloader_prefetch_factor and cfg.train.dataloader_num_workers == 0:
+    if cfg.train.dataloader_prefetch_factor and not cfg.train.dataloader_num_workers:
         yield conflict(
-            "`dataloader_prefetch_factor` needs processes that load ahead, but `dataloader_num_workers` is 0.",
-            "Raise `dataloader_num_workers`, or delete `dataloader_prefetch_factor`.",
+            "`dataloader_prefetch_factor` needs processes that load ahead, and `dataloader_num_workers` gives none.",
+            "Set `dataloader_num_workers`, or delete `dataloader_prefetch_factor`.",
             "dataloader_prefetch_factor",
             "dataloader_num_workers",
         )
@@ -99,25 +99,6 @@ def one_learning_rate_of_embeddings(cfg: Config) -> Iterator[Problem]:
         )
 
 
-@rule("optimizer", "adam_beta1", "adam_beta2", "adam_epsilon")
-def adam_keys_need_adam(cfg: Config) -> Iterator[Problem]:
-    """Adam's numbers do nothing for other optimizers."""
-    name = cfg.optim.optimizer.lower()
-    if any(
-        part in name
-        for part in ("adam", "lamb", "adalomo", "adopt", "came", "muon", "dion", "lion", "ademamix")
-    ):
-        return
-    for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-        if cfg.is_set(key):
-            yield warning(
-                f"`{key}` has no effect on `optimizer: {cfg.optim.optimizer}`.",
-                f"Delete `{key}`.",
-                key,
-                "optimizer",
-            )
-
-
 @rule("optim_args")
 def optim_args_are_pairs(cfg: Config) -> Iterator[Problem]:
     """As text, optim_args reads `name=value,name=value`."""
@@ -131,23 +112,14 @@ def optim_args_are_pairs(cfg: Config) -> Iterator[Problem]:
         )
 
 
-@rule("lr_scheduler", "cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_quadratic_warmup")
-def cosine_keys_need_cosine(cfg: Config) -> Iterator[Problem]:
-    """Some keys belong to the cosine schedule alone."""
-    name = cfg.optim.lr_scheduler
-    for key in ("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_quadratic_warmup"):
-        fits = name == "cosine" or (key == "cosine_min_lr_ratio" and name == "rex")
-        if cfg.is_set(key) and cfg.get(key) and not fits:
-            yield warning(
-                f"`{key}` has no effect on `lr_scheduler: {name}`.",
-                f"Delete `{key}`, or use cosine.",
-                key,
-                "lr_scheduler",
-            )
+@rule("lr_scheduler", "cosine_min_lr_ratio", "cosine_constant_lr_ratio")
+def a_constant_end_needs_its_height(cfg: Config) -> Iterator[Problem]:
+    """Cosine can stay at its minimum before the end, where there is one."""
+    optim = cfg.optim
     if (
-        cfg.optim.cosine_constant_lr_ratio is not None
-        and cfg.optim.cosine_min_lr_ratio is None
-        and name == "cosine"
+        optim.cosine_constant_lr_ratio is not None
+        and optim.cosine_min_lr_ratio is None
+        and optim.lr_scheduler == "cosine"
     ):
         yield conflict(
             "`cosine_constant_lr_ratio` holds the learning rate at its minimum, which is not given.",
