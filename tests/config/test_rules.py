@@ -406,6 +406,13 @@ BROKEN = [
         "conflict",
         "cut_cross_entropy liger_cross_entropy",
     ),
+    (
+        "attention_kernel_is_for_packed_rows",
+        "attn_kernel: padded\nattn_implementation: sdpa\nsample_packing: true",
+        "conflict",
+        "attn_kernel attn_implementation",
+    ),
+    ("attention_kernel_is_for_packed_rows", "attn_kernel: auto", "warning", "attn_kernel"),
     ("eight_bit_base_is_for_lora", "lora_fp8_base: true", "conflict", "lora_fp8_base adapter"),
     (
         "eight_bit_base_is_for_lora",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from axolotl.errors import EnvironmentProblem
+from axolotl.model.attention import use_kernel
 from axolotl.train.session import train
 from train.miniature import losses, rows, tiny_model
 
@@ -86,3 +89,29 @@ def test_resuming_is_exact_with_kernels(trainer, tmp_path):
     rest = trainer(adapted(), data, resume=folder, **keys)
     rest.train(resume_from_checkpoint=str(folder))
     assert losses(rest)[-1] == losses(whole)[-1]
+
+
+@pytest.mark.parametrize("name", ["padded", "documents", "auto"])
+def test_packed_attention_in_the_way_asked_for(trainer, name, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = rows(16)
+    keys = {"micro_batch_size": 4, "sample_packing": True, "sequence_len": 64}
+    try:
+        ours = trainer(tiny_model(), data, **keys, attn_kernel=name)
+        said = capsys.readouterr().err
+        ours.train()
+    finally:
+        use_kernel(None, "cpu", torch.float32, 8)
+    plain = trainer(tiny_model(), data, **keys)
+    plain.train()
+    assert losses(ours) == pytest.approx(losses(plain), abs=2e-5)
+    taken = ours.parts.run["attention"]["kernel"]
+    assert taken == name if name != "auto" else taken in ("padded", "documents")
+    if name == "auto":
+        assert "padded" in said and " ms" in said
+        assert (tmp_path / "cache" / "axolotl" / "attention.json").exists()
+
+
+def test_a_way_that_is_not_there_is_told(trainer):
+    with pytest.raises(EnvironmentProblem, match="torch_varlen"):
+        trainer(tiny_model(), rows(8), sample_packing=True, attn_kernel="torch_varlen")

@@ -215,6 +215,20 @@ class ModelSection(Section):
     # Attention
     attn_implementation: Text | None = None
     """Attention to use: eager, sdpa, flash_attention_2, flash_attention_3, flex_attention, xformers, or a Hub kernel."""
+    attn_kernel: (
+        Literal[
+            "auto",
+            "flash_attention_2",
+            "flash_attention_3",
+            "flash_attention_4",
+            "torch_varlen",
+            "flex",
+            "padded",
+            "documents",
+        ]
+        | None
+    ) = None
+    """What computes packed attention; `auto` measures what is there on the run's shapes, as is done on GPUs anyway."""
     flex_attn_compile_kwargs: dict[str, Any] | None = idle("flex attention is compiled with its defaults")
     """Arguments for compiling flex attention."""
     flash_optimum: bool = idle("PyTorch's attention takes its place", False)

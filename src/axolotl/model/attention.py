@@ -10,10 +10,7 @@ Shapes: B batch, H heads, G key/value heads, T tokens, D width of a head.
 from __future__ import annotations
 
 import functools
-import importlib.util
-import inspect
 import itertools
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from axolotl.config.model import ModelSection
 from axolotl.config.resolve import Hardware
 from axolotl.errors import ConfigError, ModelError, Problem
+from axolotl.model.varlen import UNMEASURED, Remembered, Run, kernel, on_host, unusable
 
 PACKED = "axolotl_packed"
 
@@ -157,16 +155,15 @@ def packed_attention(
     if plain and sliding_window is None and cu_seq_lens_q is None:
         out = _sdpa(query, key, value, scaling, dropout)
         return out.transpose(1, 2).contiguous(), None
-    kernel = (
-        _kernel(query.device.type, query.dtype, D, dropout > 0)
+    run = (
+        _kernel(query.device.type, query.dtype, D, dropout > 0, sliding_window)
         if plain and cu_seq_lens_q is not None
         else None
     )
-    if kernel is not None:
-        window = (sliding_window - 1 if sliding_window else -1, 0)
+    if run is not None:
         longest = max_length_q or T
         q, k, v = (x.transpose(1, 2).reshape(B * T, x.shape[1], D) for x in (query, key, value))
-        out = kernel(q, k, v, cu_seq_lens_q, longest, scaling, window)
+        out = run(q, k, v, cu_seq_lens_q, longest, scaling, sliding_window)
         return out.reshape(B, T, H, D), None
     one = functools.partial(
         _document,
@@ -181,7 +178,7 @@ def packed_attention(
         return one(query, key, value).transpose(1, 2).contiguous(), None
     if B > 1:
         query, key, value = (x.transpose(0, 1).reshape(1, x.shape[1], B * T, D) for x in (query, key, value))
-    borders = _on_host(cu_seq_lens_q)
+    borders = on_host(cu_seq_lens_q)
     outs = [
         one(query[:, :, a:b], key[:, :, a:b], value[:, :, a:b])
         for a, b in itertools.pairwise(borders)
@@ -265,69 +262,30 @@ def _scores(
     return F.dropout(weights.to(q.dtype), dropout) @ v
 
 
-Kernel = Callable[..., torch.Tensor]
+_CHOSEN: dict[tuple[str, torch.dtype, int], str] = {}
+
+
+def use_kernel(name: str | None, device: str, dtype: torch.dtype, head_dim: int) -> None:
+    """Has packed rows of such tensors computed in one way of `axolotl.model.varlen`; None: as if nothing was chosen."""
+    if name is None:
+        _CHOSEN.pop((device, dtype, head_dim), None)
+    else:
+        _CHOSEN[device, dtype, head_dim] = name
+    _kernel.cache_clear()
 
 
 @functools.cache
-def _kernel(device: str, dtype: torch.dtype, head_dim: int, dropout: bool) -> Kernel | None:
+def _kernel(
+    device: str, dtype: torch.dtype, head_dim: int, dropout: bool, window: int | None = None
+) -> Run | None:
     """The variable-length kernel for these tensors, or None where documents are done one by one."""
-    if (
-        device != "cuda"
-        or dtype not in (torch.float16, torch.bfloat16)
-        or head_dim > 256
-        or head_dim % 8
-        or dropout
-    ):
+    if dropout:
         return None
-    flash = _load("flash_attn", "flash_attn_varlen_func")
-    if flash is not None:
-        return lambda q, k, v, cu, longest, scale, window: flash(
-            q, k, v, cu, cu, longest, longest, softmax_scale=scale, causal=True, window_size=window
-        )
-    varlen = _load("torch.nn.attention.varlen", "varlen_attn")
-    if varlen is None:
-        return None
-    # torch says "causal" by a window that is closed on the right; newer versions want grouped heads announced.
-    announce = "enable_gqa" in inspect.signature(varlen).parameters
-
-    def run(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cu: torch.Tensor,
-        longest: int,
-        scale: float | None,
-        window: tuple[int, int],
-    ) -> torch.Tensor:
-        more = {"enable_gqa": True} if announce and q.shape[1] != k.shape[1] else {}
-        return varlen(q, k, v, cu, cu, longest, longest, scale=scale, window_size=window, **more)
-
-    return run
-
-
-def _load(module: str, name: str) -> Any:
-    """An attribute of an optional module, or None. A package that is half installed counts as absent."""
-    try:
-        if importlib.util.find_spec(module) is None:
-            return None
-        return getattr(importlib.import_module(module), name, None)
-    except (ImportError, OSError, RuntimeError):
-        return None
-
-
-class _Remembered:
-    """What was read from a tensor last: each reading waits for the device, and all layers of a pass ask the same."""
-
-    def __init__(self, read: Callable[[torch.Tensor], Any]) -> None:
-        self.read = read
-        self.tensor: weakref.ref[torch.Tensor] | None = None
-        self.value: Any = None
-
-    def __call__(self, tensor: torch.Tensor) -> Any:
-        if self.tensor is None or self.tensor() is not tensor:
-            self.value = self.read(tensor)
-            self.tensor = weakref.ref(tensor)
-        return self.value
+    chosen = _CHOSEN.get((device, dtype, head_dim))
+    for name in (chosen,) if chosen else UNMEASURED:
+        if name != "documents" and not unusable(name, device, dtype, head_dim, window):
+            return kernel(name)
+    return None
 
 
 def _read_restarts(position_ids: torch.Tensor) -> tuple[torch.Tensor | None, int | None]:
@@ -339,8 +297,7 @@ def _read_restarts(position_ids: torch.Tensor) -> tuple[torch.Tensor | None, int
     return cu, max(b - a for a, b in itertools.pairwise(borders))
 
 
-_on_host: Callable[[torch.Tensor], list[int]] = _Remembered(lambda cu: cu.tolist())
-_restarts: Callable[[torch.Tensor], tuple[torch.Tensor | None, int | None]] = _Remembered(_read_restarts)
+_restarts: Callable[[torch.Tensor], tuple[torch.Tensor | None, int | None]] = Remembered(_read_restarts)
 
 
 def _borders(position_ids: torch.Tensor | None, T: int) -> tuple[torch.Tensor | None, int | None]:

@@ -30,6 +30,7 @@ from axolotl.registry import require_extra
 from axolotl.train.advice import LossAdvice
 from axolotl.train.anomalies import SpikeWatch
 from axolotl.train.arguments import build_arguments
+from axolotl.train.attention import choose_kernel
 from axolotl.train.batches import BatchSource, build_batches
 from axolotl.train.cadence import Cadence
 from axolotl.train.callbacks import (
@@ -114,6 +115,7 @@ def build_trainer(
         arguments_class=_named(method.arguments, method),
         more=method.options(cfg.method),
     )
+    kernel = choose_kernel(inner, cfg, attention, batches, hardware)
     start_tracking(cfg.tracking, cfg.output)
     signals, limit = Signals(), TimeLimit(cfg.train)
     output_dir = Path(cfg.output.output_dir)
@@ -146,6 +148,7 @@ def build_trainer(
             "plan": parts.plan,
         },
         **describe(cfg, hardware),
+        "attention": {"name": attention.name, "kernel": kernel},
     }
     if resume is not None and has_to_evaluate(resume, cadence):
         arguments.eval_on_start = True

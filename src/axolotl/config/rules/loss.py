@@ -88,6 +88,27 @@ def flex_options_need_flex(cfg: Config) -> Iterator[Problem]:
         )
 
 
+@rule("attn_kernel", "attn_implementation", "sample_packing")
+def attention_kernel_is_for_packed_rows(cfg: Config) -> Iterator[Problem]:
+    """It says how our packed attention is computed, which other implementations replace."""
+    if cfg.model.attn_kernel is None:
+        return
+    if cfg.model.attn_implementation in ("eager", "sdpa", "flex_attention"):
+        yield conflict(
+            f"`attn_kernel` has no part in `attn_implementation: {cfg.model.attn_implementation}`.",
+            "Keep one of them.",
+            "attn_kernel",
+            "attn_implementation",
+        )
+    elif not (cfg.data.sample_packing or cfg.data.batch_flattening):
+        yield warning(
+            "`attn_kernel` has no effect without `sample_packing`.",
+            "Set `sample_packing: true`, or delete it.",
+            "attn_kernel",
+            "sample_packing",
+        )
+
+
 @rule(*_LOSSES)
 def one_cross_entropy(cfg: Config) -> Iterator[Problem]:
     """Each of these replaces the loss."""
