@@ -10,6 +10,7 @@ Shapes: B batch, H heads, G key/value heads, T tokens, D width of a head.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -83,7 +83,7 @@ def work_of(model: PreTrainedModel, cfg: Config, batches: Any, hardware: Hardwar
 
 
 def _borders(cfg: Config, batches: Any) -> tuple[int, ...]:
-    tokens = cfg.data.sequence_len * cfg.train.micro_batch_size
+    tokens = cfg.data.sequence_len * cfg.train.rows_at_once
     if isinstance(batches, BatchSource):
         plan = batches.plan_of(0)
         bins = [plan[i] for i in range(min(batches.bins_per_batch, len(plan)))]
