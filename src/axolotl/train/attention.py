@@ -48,6 +48,7 @@ def choose_kernel(
                     "Leave it out to have the fastest one taken.",
                     "environment",
                     ("attn_kernel",),
+                    code="AX1406",
                 )
             )
         use_kernel(str(asked), *place)
