@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -27,10 +26,9 @@ from axolotl.plan.steps import course_of, rows_of
 from axolotl.plan.whole import Plan, changes, plan_run, question
 from axolotl.run.memory import free_memory
 from axolotl.train.build import attention_for
+from scripts import script
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
-from geometries import write_model
-
+write_model = script("geometries").write_model
 Run = Callable[..., CompletedProcess[str]]
 
 

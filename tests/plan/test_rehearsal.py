@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,9 @@ from axolotl.plan.ledger import BLOCK_BYTES, Usage
 from axolotl.plan.optimizer_state import SIZES, Trained, optimizer_state
 from axolotl.plan.rehearsal import ATTENTION, WORKSPACE, Batch, Manner, Rehearsal
 from axolotl.plan.skeleton import build_skeleton, packed_bytes, uniform_depth
+from scripts import script
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from plan_points import predicted
-
+predicted = script("plan_points").predicted
 SMALL = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "vocab_size": 512}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 FAMILIES = {
