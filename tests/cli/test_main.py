@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from axolotl import __version__
 from axolotl.cli.main import cli, split_arguments
+from axolotl.cli.overrides import parse_overrides
 from axolotl.errors import DataError
 
 Axolotl = Callable[..., subprocess.CompletedProcess[str]]
@@ -81,6 +82,15 @@ def test_files_and_overrides_are_told_apart(
     args: list[str], sources: list[str], overrides: list[str]
 ) -> None:
     assert split_arguments(args) == (sources, overrides)
+
+
+def test_a_flag_with_one_dash_is_told_once() -> None:
+    sources, flags = split_arguments(["c.yml", "-lr", "1e-4", "--lora-r", "-1"])
+    assert (sources, flags) == (["c.yml"], ["-lr", "1e-4", "--lora-r", "-1"])
+    wrong, right = parse_overrides(flags)
+    assert "two dashes" in wrong.fault
+    assert "`--learning-rate`" in wrong.fault
+    assert right[:2] == ("lora_r", "-1")
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS - {"fetch", "config-schema"}))

@@ -489,3 +489,53 @@ def test_what_opens_an_address_is_not_kept(write: Write, address: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(address)
     assert "sekret" not in str(caught.value)
+
+
+def _told(folder: Path, text: str) -> list[Problem]:
+    base = ["base_model: x", "learning_rate: 1e-4", "datasets: [{path: a, type: alpaca}]"]
+    (folder / "c.yml").write_text("\n".join([*base, text]) + "\n", encoding="utf-8")
+    try:
+        return list(load_config(folder / "c.yml").warnings)
+    except ConfigError as error:
+        return list(error.problems)
+
+
+@pytest.mark.parametrize("off", ["0", "null", "false"])
+def test_an_old_name_that_is_off_yields_to_the_new_one(tmp_path: Path, off: str) -> None:
+    assert _told(tmp_path, f"noisy_embedding_alpha: {off}\nneftune_noise_alpha: 5") == []
+    [problem] = _told(tmp_path, "noisy_embedding_alpha: 4\nneftune_noise_alpha: 5")
+    assert problem.kind == "conflict"
+
+
+def test_options_at_their_defaults_ask_for_nothing(tmp_path: Path) -> None:
+    assert _told(tmp_path, "trl: {use_vllm: false, vllm_server_port: 8000}\nvllm: {port: 8000}") == []
+    [problem] = _told(tmp_path, "trl: {use_vllm: true}")
+    assert problem.kind == "unavailable"
+    [problem] = _told(tmp_path, "qat: {weight_dtype: int8}")
+    assert problem.kind == "unavailable"
+
+
+def test_an_empty_variable_that_leaves_a_default_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_SUCH_FOLDER", raising=False)
+    [problem] = _told(tmp_path, "output_dir: ${NO_SUCH_FOLDER:-}")
+    assert (problem.kind, problem.keys) == ("warning", ("output_dir",))
+    assert "`./model-out`" in problem.message
+    assert _told(tmp_path, "wandb_entity: ${NO_SUCH_FOLDER:-}") == []
+
+
+@pytest.mark.parametrize("holder", ["x-base", ".base"])
+def test_a_key_that_holds_an_anchor_is_no_key(tmp_path: Path, holder: str) -> None:
+    assert _told(tmp_path, f"{holder}: &b {{bos_token: <s>}}\nspecial_tokens: *b") == []
+
+
+def test_a_secret_of_a_tracker_belongs_to_the_environment(tmp_path: Path) -> None:
+    [problem] = _told(tmp_path, "wandb_api_key: abcdef0123456789")
+    assert "WANDB_API_KEY" in problem.remedy
+    assert "abcdef" not in f"{problem} {problem.excerpt}"
+
+
+def test_a_value_is_refused_in_the_words_of_its_field(tmp_path: Path) -> None:
+    [problem] = _told(tmp_path, "max_time: soon")
+    assert "`2h`" in problem.message

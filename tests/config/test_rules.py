@@ -180,6 +180,12 @@ BROKEN = [
         "warning",
         "embedding_lr embedding_lr_scale",
     ),
+    (
+        "groups_have_names_of_their_own",
+        "lr_groups: [{name: a, modules: [q_proj], lr: 1e-4}, {name: a, modules: [v_proj], lr: 1e-5}]",
+        "conflict",
+        "lr_groups[1].name lr_groups[0].name",
+    ),
     ("optim_args_are_pairs", "optim_args: fused", "invalid_value", "optim_args"),
     (
         "a_constant_end_needs_its_height",

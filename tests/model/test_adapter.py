@@ -124,6 +124,12 @@ def test_other_kinds_through_the_generic_path(kind: str) -> None:
     model(input_ids=IDS, labels=IDS).loss.backward()
 
 
+@pytest.mark.parametrize("given", [[5, 999_999], {"embed_tokens": [999_999]}])
+def test_tokens_that_the_embedding_has_no_row_for_are_told(given: Any) -> None:
+    with pytest.raises(ModelError, match="999999"):
+        add_adapter(base(), lora(peft_trainable_token_indices=given))
+
+
 @pytest.mark.parametrize(
     ("keys", "words"),
     [

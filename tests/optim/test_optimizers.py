@@ -14,7 +14,7 @@ from axolotl.config.adapter import AdapterSection
 from axolotl.config.optim import OptimSection
 from axolotl.errors import ConfigError, EnvironmentProblem, ModelError
 from axolotl.optim.adopt import Adopt
-from axolotl.optim.build import build_optimizer, build_schedule
+from axolotl.optim.build import build_optimizer, build_schedule, warmup_steps
 from axolotl.optim.combined import Combined
 from axolotl.optim.groups import parameter_groups
 from axolotl.optim.lion import Lion
@@ -223,6 +223,29 @@ def test_frozen_parameters_stay_out():
     net.requires_grad_(False)
     with pytest.raises(ModelError, match="No parameter"):
         parameter_groups(net, section(), AdapterSection())
+
+
+def test_a_group_named_as_one_of_ours_keeps_to_itself():
+    groups = parameter_groups(
+        Net(),
+        section(lr_groups=[{"name": "weights", "modules": ["hidden"], "lr": 0.5}]),
+        AdapterSection(),
+    )
+    rates = {
+        name: g.get("lr")
+        for g in groups
+        for name, p in Net().named_parameters()
+        for q in g["params"]
+        if p.shape == q.shape and name.startswith(("hidden.weight", "embed"))
+    }
+    assert rates == {"hidden.weight": 0.5, "embed_tokens.weight": None}
+
+
+@pytest.mark.parametrize(
+    ("steps", "ratio", "expected"), [(0, 0.5, 5), (0, None, 0), (3, None, 3), (None, 0.5, 5)]
+)
+def test_no_steps_of_warmup_beside_a_share_leave_it_to_the_share(steps, ratio, expected):
+    assert warmup_steps(section(warmup_steps=steps, warmup_ratio=ratio), 10) == expected
 
 
 @pytest.mark.parametrize("scheduler", ["polynomial", "cosine", "reduce_lr_on_plateau", "one_cycle"])

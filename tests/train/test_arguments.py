@@ -6,10 +6,12 @@ import dataclasses
 
 import pytest
 
+from axolotl.config import Config, Hardware, resolve
 from axolotl.config.keys import owners
+from axolotl.config.train import TrainSection
 from axolotl.data.packing import Volume
 from axolotl.errors import EnvironmentProblem
-from axolotl.train.arguments import FIXED, TABLE, argument_names, best_metric, build_arguments
+from axolotl.train.arguments import FIXED, TABLE, argument_names, best_metric, build_arguments, check
 from axolotl.train.tracking import trackers, tracking_environment
 from train.miniature import CPU
 
@@ -123,3 +125,38 @@ def test_missing_trackers_are_told_together(config, monkeypatch):
     environment = tracking_environment(cfg.tracking, cfg.output)
     assert environment["WANDB_PROJECT"] == "p"
     assert environment["WANDB_ENTITY"] == "e"
+
+
+@pytest.mark.parametrize(
+    ("keys", "told", "remedy"),
+    [
+        ({"accelerator_config": {"nope": 1}}, "accelerator_config.nope", "split_batches"),
+        (
+            {"gradient_checkpointing_kwargs": {"use_rentrant": False}},
+            "gradient_checkpointing_kwargs.use_rentrant",
+            "`use_reentrant`",
+        ),
+        ({"torch_compile_backend": "inducter"}, "torch_compile_backend", "`inductor`"),
+        ({"metric_for_best_model": "foo"}, "metric_for_best_model", ""),
+    ],
+)
+def test_options_that_no_library_knows_are_told(keys, told, remedy):
+    [problem] = check(TrainSection.model_validate(keys))
+    assert problem.keys == (told,)
+    assert remedy in problem.remedy
+
+
+def test_options_that_are_known_are_no_problem():
+    keys = {
+        "accelerator_config": {"split_batches": True, "dispatch_batches": False},
+        "gradient_checkpointing_kwargs": {"use_reentrant": False, "preserve_rng_state": True},
+        "torch_compile_backend": "inductor",
+        "metric_for_best_model": "eval_loss",
+    }
+    assert list(check(TrainSection.model_validate(keys))) == []
+
+
+@pytest.mark.parametrize(("device", "on"), [("cuda", True), ("cpu", False)])
+def test_compiling_by_itself_is_for_gpus(device, on):
+    cfg = Config(train=TrainSection(torch_compile="auto"))
+    assert resolve(cfg, Hardware(device=device))[0].train.torch_compile is on

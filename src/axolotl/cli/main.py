@@ -50,6 +50,10 @@ def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
         if word.startswith("--"):
             overrides.append(word)
             open_flag = "=" not in word and not word.startswith("--no-")
+        elif word[:1] == "-" and word[1:2].isalpha() and not open_flag:
+            # Told with the overrides: flags have two dashes.
+            overrides.append(word)
+            open_flag = "=" not in word
         elif open_flag and (sources or not word.endswith(CONFIG_SUFFIXES)):
             overrides.append(word)
             open_flag = False

@@ -23,6 +23,11 @@ def key_of(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
 
 
+def single_dash(word: str) -> bool:
+    """`-lr`, but not `-1` nor `--lr`."""
+    return word[:1] == "-" and word[1:2].isalpha()
+
+
 def _boolean(key: str) -> bool:
     return bool(key) and bool in kinds_at(undotted(key))
 
@@ -44,6 +49,13 @@ def parse_overrides(args: Sequence[str]) -> list[Override]:
         index += 1
         if not word.startswith("--") or word == "--":
             found.append(_stray(word))
+            if (
+                single_dash(word)
+                and "=" not in word
+                and index < len(args)
+                and not args[index].startswith("-")
+            ):
+                index += 1  # its value
             continue
         flag, equals, text = word.partition("=")
         key = key_of(flag)
@@ -76,5 +88,13 @@ def _stray(word: str) -> Override:
     """A word that belongs to no flag."""
     bare = word.lstrip("-").partition("=")[0].replace("-", "_")
     near = SYNONYMS.get(bare) or next(iter(nearest(bare, owners())), "")
+    if single_dash(word):
+        given = near or bare
+        return Override(
+            bare,
+            "",
+            word,
+            f"`{word}` is not a flag: flags have two dashes, as `--{given.replace('_', '-')}`.",
+        )
     hint = f" Did you mean `--{near.replace('_', '-')}`?" if near else ""
     return Override(bare, "", word, f"`{word}` is not a flag.{hint}")

@@ -130,7 +130,7 @@ class Complaints:
             elif kind == "missing":
                 yield self.problem("missing", f"`{dotted(path)}` is missing.", f"Add `{path[-1]}:`.", path)
             else:
-                yield self.invalid(model, values, path)
+                yield self.invalid(model, values, path, kind.removeprefix("Value error, "))
 
     @staticmethod
     def data_path(values: Any, loc: tuple[int | str, ...], kind: str) -> Path:
@@ -148,7 +148,7 @@ class Complaints:
             path.append(part)
         return tuple(path)
 
-    def invalid(self, model: type[BaseModel], values: dict[str, Any], path: Path) -> Problem:
+    def invalid(self, model: type[BaseModel], values: dict[str, Any], path: Path, said: str = "") -> Problem:
         value: Any = values
         for part in path:
             value = value[part]
@@ -177,7 +177,8 @@ class Complaints:
             remedy = HINTS[str(path[0])]
         shown = example(model, path)
         remedy = remedy or f"Write {takes}" + (f", such as `{path[-1]}: {shown}`." if shown else ".")
-        return self.problem("invalid_value", f"`{dotted(path)}` is {got}; it takes {takes}.", remedy, path)
+        why = f": {said}." if said else f"; it takes {takes}."
+        return self.problem("invalid_value", f"`{dotted(path)}` is {got}{why}", remedy, path)
 
     def unknown(self, path: Path, block: type[BaseModel] | None = None) -> Problem:
         """A key that does not exist where it stands: the nearest that does, or where it belongs."""

@@ -31,6 +31,8 @@ _ENVIRONMENT = re.compile(
     r"|swanlab)_\w+|(test_|pretraining_)?datasets?\[\d+\]\.(path|name|split|revision|data_files(\[\d+\])?))$"
 )
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+HOLDERS = ("x-", ".")
+"""How keys begin that only hold pieces of YAML for use elsewhere in the file."""
 # Text for a tracker that people also write as true.
 _SWITCHES = {"wandb_log_model", "wandb_watch"}
 _EMPTY_COUNTS = {"default_system_message", "chat_template_jinja"}
@@ -57,7 +59,20 @@ class Loading(Merged):
 
         for key, value in self.document.values.items():
             if not str(key).startswith("chat_template"):
-                self.document.values[key] = walk((key,), value)
+                filled = self.document.values[key] = walk((key,), value)
+                if value and filled == "" and key in owners() and default_of(owner(key), key):
+                    self.empty(key, value)
+
+    def empty(self, key: str, value: str) -> None:
+        """Tells that nothing is left of a value, so that the default holds."""
+        self.add(
+            self.complaints.problem(
+                "warning",
+                f"`{key}: {value}` is empty here, so the default holds: `{default_of(owner(key), key)}`.",
+                "Set the variable, or write what is meant behind `:-`.",
+                (key,),
+            )
+        )
 
     def variable(self, path: KeyPath, found: re.Match[str]) -> str:
         name, fallback = found.groups()
@@ -77,6 +92,9 @@ class Loading(Merged):
         """The values of known keys that are set; unknown keys become problems."""
         values: dict[str, Any] = {}
         for key, value in self.document.values.items():
+            if str(key).startswith(HOLDERS):
+                # Anchors that are used elsewhere in the file; nothing is meant by the key itself.
+                continue
             if key not in owners():
                 problem = self.complaints.unknown((key,))
                 if value is None:
@@ -113,6 +131,14 @@ class Loading(Merged):
             # Not known to us, and told so where values are checked.
             return True
         off = is_off(value) or (value == 0 and not isinstance(value, str)) or value == default_of(model, key)
+        off = off or any(
+            isinstance(value, dict)
+            and block.options_only
+            and all(
+                k in block.model_fields and (is_off(v) or v == default_of(block, k)) for k, v in value.items()
+            )
+            for block in blocks_in(field.annotation)
+        )
         if said.get("state") == "unavailable" and not off:
             feature = said["by_value"].get(str(value), said["feature"])
             self.add(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,8 @@ from axolotl.config.section import (
 
 class Trl(Block):
     """Options of reinforcement learning and of TRL's trainers."""
+
+    options_only: ClassVar[bool] = True
 
     beta: NonNegativeFloat | None = None
     """How closely the model stays by its reference."""

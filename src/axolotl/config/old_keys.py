@@ -73,6 +73,7 @@ REMOVED = {
     "peft_adapter": "Adapters of this kind were dropped. Use `adapter: lora`.",
     "landmark_attention": "Landmark attention was dropped. Delete the line.",
     "xpos_rope": "This rotary embedding was dropped. Delete the line.",
+    "wandb_api_key": "A config holds no such secret: set the environment variable WANDB_API_KEY, or run `wandb login`.",
     "load_4bit": "Set `load_in_4bit: true` and `adapter: qlora` instead.",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from axolotl.config.keys import owner
 from axolotl.config.old_blocks import datasets_of_old, fsdp_of_old, tokens_of_old
 from axolotl.config.old_keys import (
     ALIASES,
@@ -15,6 +16,7 @@ from axolotl.config.old_keys import (
     VALUES,
     is_off,
 )
+from axolotl.config.section import off
 from axolotl.config.yaml_file import Document, Path, dotted
 from axolotl.errors import Kind, Problem
 
@@ -45,6 +47,8 @@ class Renaming:
 
     def move(self, old: str, new: str, value: Any) -> bool:
         """Puts the value under the new key, unless the new key is written too. False where it is not moved."""
+        if self.values.get(new) is not None and off(owner(new), new, value):
+            return False
         if new in self.values and self.values[new] is not None:
             newer, older = self.layers.get(new, 0), self.layers.get(old, 0)
             if newer == older:

@@ -131,6 +131,14 @@ def _memory(cfg: Config, hardware: Hardware) -> list[Resolution]:
     ]
 
 
+def _compile(cfg: Config, hardware: Hardware) -> list[Resolution]:
+    if cfg.train.torch_compile != "auto":
+        return []
+    on = hardware.device == "cuda"
+    reason = "compiling pays on a GPU" if on else "compiling pays on a GPU, and there is none"
+    return [Resolution("torch_compile", on, reason)]
+
+
 def _losses(cfg: Config, hardware: Hardware) -> list[Resolution]:
     kernels = cfg.kernels
     others = (
@@ -195,6 +203,7 @@ _STEPS: tuple[Callable[[Config, Hardware], list[Resolution]], ...] = (
     _batch,
     _data,
     _memory,
+    _compile,
     _losses,
     _kernels,
     _tracking,

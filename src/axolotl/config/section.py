@@ -122,6 +122,11 @@ def _off_at_zero(model: type[BaseModel]) -> frozenset[str]:
     )
 
 
+def off(model: type[BaseModel], key: str, value: Any) -> bool:
+    """Whether a value of this field means the same as leaving it out."""
+    return _unset(value, false=key in _without_bool(model), zero=key in _off_at_zero(model))
+
+
 def _unset(value: Any, *, false: bool, zero: bool) -> bool:
     if isinstance(value, bool):
         return false and not value
@@ -134,6 +139,9 @@ class Block(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), defer_build=True
     )
+
+    options_only: ClassVar[bool] = False
+    """The block turns nothing on by standing there, so that defaults inside it change nothing."""
 
     @model_validator(mode="before")
     @classmethod

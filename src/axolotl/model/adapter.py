@@ -77,6 +77,7 @@ def add_adapter(
         peft_model = load_adapter(model, resume_from, trainable=True)
         _say_trainable(peft_model, f"The adapter of `{resume_from}` is continued")
         return peft_model
+    _check_trained_tokens(model, adapter)
     config = build_config(model, adapter, new_tokens)
     if seed is not None:
         set_seed(seed)
@@ -96,6 +97,21 @@ def add_adapter(
     _save_small(peft_model, config)
     _say_trainable(peft_model, f"{_kind(adapter).upper()} adapter")
     return peft_model
+
+
+def _check_trained_tokens(model: PreTrainedModel, adapter: AdapterSection) -> None:
+    """Raises ModelError where `peft_trainable_token_indices` names tokens that the embedding has no row for."""
+    given, rows = adapter.peft_trainable_token_indices or [], embedding_rows(model)
+    named = given if isinstance(given, list) else [each for some in given.values() for each in some]
+    beyond = [each for each in named if each >= rows]
+    if beyond:
+        raise ModelError(
+            Problem(
+                f"`peft_trainable_token_indices` names token {beyond[0]}, and the embedding has {rows:,} rows.",
+                f"Write ids from 0 to {rows - 1}.",
+                keys=("peft_trainable_token_indices",),
+            )
+        )
 
 
 def _kind(adapter: AdapterSection) -> str:

@@ -19,7 +19,8 @@ WARMUP_SHARE, LONGEST_WARMUP = 0.03, 100
 
 def warmup_steps(optim: OptimSection, total_steps: int) -> int:
     """Steps in which the learning rate rises: as the config says, else 3 % of all steps, at most 100."""
-    if optim.warmup_steps is not None:
+    # Beside a share, 0 steps mean that the share decides.
+    if optim.warmup_steps or (optim.warmup_steps == 0 and not optim.warmup_ratio):
         return min(optim.warmup_steps, total_steps)
     if optim.warmup_ratio is not None:
         return math.ceil(round(total_steps * optim.warmup_ratio, 6))

@@ -33,17 +33,17 @@ def parameter_groups(model: nn.Module, optim: OptimSection, adapter: AdapterSect
         if "norm" in type(m).__name__.lower()
         for p in m.parameters(recurse=False)
     }
-    found: dict[tuple[str, bool], Group] = {}
+    found: dict[tuple[str | int, bool], Group] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        group, lr = _group_of(name, optim, adapter)
+        group, label, lr = _group_of(name, optim, adapter)
         decays = (
             group != "embeddings" and parameter.ndim > 1 and id(parameter) not in norms and "bias" not in name
         )
         key = (group, decays)
         if key not in found:
-            label = group if decays or group == "embeddings" else f"{group}, no decay"
+            label = label if decays or group == "embeddings" else f"{label}, no decay"
             found[key] = {"params": [], "name": label, "weight_decay": optim.weight_decay if decays else 0.0}
             if lr is not None:
                 found[key]["lr"] = lr
@@ -53,7 +53,7 @@ def parameter_groups(model: nn.Module, optim: OptimSection, adapter: AdapterSect
             "No parameter of the model is trained.", "Check `adapter` and `unfrozen_parameters`."
         )
     groups = {group for group, _ in found}
-    missing = [g.name for g in optim.lr_groups or [] if g.name not in groups]
+    missing = [g.name for index, g in enumerate(optim.lr_groups or []) if index not in groups]
     if missing:
         raise ConfigError(
             Problem(
@@ -67,19 +67,21 @@ def parameter_groups(model: nn.Module, optim: OptimSection, adapter: AdapterSect
     return list(found.values())
 
 
-def _group_of(name: str, optim: OptimSection, adapter: AdapterSection) -> tuple[str, float | None]:
-    """The name of a parameter's group, and its learning rate where it is not the run's."""
-    for each in optim.lr_groups or []:
+def _group_of(name: str, optim: OptimSection, adapter: AdapterSection) -> tuple[str | int, str, float | None]:
+    """A parameter's group (the index in `lr_groups`, or one of ours), its name, and its learning rate where it is not
+    the run's.
+    """
+    for index, each in enumerate(optim.lr_groups or []):
         if any(part in name for part in each.modules):
-            return each.name, each.lr
+            return index, each.name, each.lr
     if adapter.loraplus_lr_ratio:
         if "lora_embedding" in name:
-            return "lora embeddings", adapter.loraplus_lr_embedding
+            return "lora embeddings", "lora embeddings", adapter.loraplus_lr_embedding
         if "lora_B" in name:
-            return "lora_B", optim.learning_rate * adapter.loraplus_lr_ratio
+            return "lora_B", "lora_B", optim.learning_rate * adapter.loraplus_lr_ratio
     if is_embedding(name) and (optim.embedding_lr or optim.embedding_lr_scale):
         own = (
             optim.learning_rate * optim.embedding_lr_scale if optim.embedding_lr_scale else optim.embedding_lr
         )
-        return "embeddings", own
-    return "weights", None
+        return "embeddings", "embeddings", own
+    return "weights", "weights", None

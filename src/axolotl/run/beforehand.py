@@ -18,7 +18,7 @@ from axolotl.model.files import check_adapter_dir, check_base_model
 from axolotl.model.hub import check_hub
 from axolotl.optim import registry as optimizers
 from axolotl.run.ready import check_folder, check_output, placed
-from axolotl.train import tracking
+from axolotl.train import arguments, tracking
 from axolotl.train.build import packs_rows
 from axolotl.train.checkpoint import resume_folder
 
@@ -51,6 +51,7 @@ def _cheap(cfg: Config, hardware: Hardware) -> Iterator[Problem]:
     yield from templates.check(cfg.data)
     yield from optimizers.check(cfg.optim)
     yield from tracking.check(cfg.tracking)
+    yield from arguments.check(cfg.train)
     resume = cfg.train.resume_from_checkpoint
     if resume and resume.lower() not in ("true", "auto") and not Path(resume).is_dir():
         try:

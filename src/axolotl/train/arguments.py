@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch.utils.checkpoint
+from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from axolotl.config import Config
+from axolotl.config.keys import did_you_mean, nearest
 from axolotl.config.resolve import Hardware
 from axolotl.config.train import TrainSection
 from axolotl.console import warn_once
 from axolotl.data.packing import Volume
 from axolotl.distributed.world import world
+from axolotl.errors import Problem
 from axolotl.train.cadence import Cadence, cadence
 from axolotl.train.tracking import trackers
 
@@ -50,7 +56,7 @@ TABLE: tuple[Row, ...] = (
     Row(
         "gradient_checkpointing_kwargs", ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
     ),
-    Row("torch_compile", ("torch_compile",), lambda on: on is True),
+    Row("torch_compile", ("torch_compile",)),
     Row("torch_compile_backend", ("torch_compile_backend",)),
     Row("torch_compile_mode", ("torch_compile_mode",)),
     Row("torch_empty_cache_steps", ("torch_empty_cache_steps",)),
@@ -95,6 +101,46 @@ FIXED: dict[str, Any] = {
 def argument_names(arguments_class: type[TrainingArguments] = TrainingArguments) -> frozenset[str]:
     """The arguments that this version of transformers knows."""
     return frozenset(f.name for f in dataclasses.fields(arguments_class) if f.init)
+
+
+METRICS = ("loss", "ppl")
+"""The figures of an evaluation, which `metric_for_best_model` chooses from."""
+
+
+def check(train: TrainSection) -> Iterator[Problem]:
+    """Names inside options that the libraries behind them do not know."""
+    for key, known in (
+        ("accelerator_config", [f.name for f in dataclasses.fields(AcceleratorConfig)]),
+        ("gradient_checkpointing_kwargs", _checkpoint_options()),
+    ):
+        for name in getattr(train, key) or {}:
+            if name not in known:
+                yield Problem(
+                    f"`{key}` has no option `{name}`.",
+                    did_you_mean(nearest(str(name), known))
+                    or f"It takes {', '.join(f'`{k}`' for k in known)}.",
+                    "invalid_value",
+                    (f"{key}.{name}",),
+                )
+    choices = (
+        ("torch_compile_backend", [each.value.lower() for each in DynamoBackend if each.value != "NO"]),
+        ("metric_for_best_model", [*METRICS, *(f"eval_{name}" for name in METRICS)]),
+    )
+    for key, known in choices:
+        value = getattr(train, key)
+        if value is not None and value.lower() not in known:
+            yield Problem(
+                f"`{key}` is `{value}`; it takes {', '.join(f'`{k}`' for k in known)}.",
+                did_you_mean(nearest(value, known)) or "Delete the line to have the usual one.",
+                "invalid_value",
+                (key,),
+            )
+
+
+def _checkpoint_options() -> list[str]:
+    taken = inspect.signature(torch.utils.checkpoint.checkpoint).parameters.values()
+    named = [each.name for each in taken if each.kind is each.KEYWORD_ONLY or each.name == "use_reentrant"]
+    return [*named, "preserve_rng_state"]
 
 
 def build_arguments(

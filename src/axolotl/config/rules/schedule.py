@@ -87,6 +87,21 @@ def one_length_of_warmup(cfg: Config) -> Iterator[Problem]:
         )
 
 
+@rule("lr_groups")
+def groups_have_names_of_their_own(cfg: Config) -> Iterator[Problem]:
+    """Logs tell groups apart by name."""
+    seen: dict[str, int] = {}
+    for index, group in enumerate(cfg.optim.lr_groups or ()):
+        if group.name in seen:
+            yield conflict(
+                f"`lr_groups[{index}].name` is `{group.name}`, as that of `lr_groups[{seen[group.name]}]`.",
+                "Give each group a name of its own.",
+                f"lr_groups[{index}].name",
+                f"lr_groups[{seen[group.name]}].name",
+            )
+        seen.setdefault(group.name, index)
+
+
 @rule("embedding_lr", "embedding_lr_scale")
 def one_learning_rate_of_embeddings(cfg: Config) -> Iterator[Problem]:
     """The embeddings' learning rate is a number or a multiple; the multiple goes first."""
