@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -12,6 +13,7 @@ from axolotl.config.datasets import DatasetEntry
 from axolotl.config.descriptions import meaning, old_keys, state
 from axolotl.config.distributed import FsdpConfig
 from axolotl.config.keys import SECTIONS
+from axolotl.config.load import HOLDERS
 from axolotl.config.old_keys import DATASET_RENAMED, FSDP_LEFTOVER, FSDP_RENAMED, OFFLOADING, SPECIAL_TOKENS
 from axolotl.config.section import Block, ZeroIsOff, default_of, facts
 
@@ -67,6 +69,7 @@ def config_schema() -> Schema:
         "type": "object",
         "additionalProperties": False,
         "properties": properties,
+        "patternProperties": {f"^{re.escape(start)}": {} for start in HOLDERS},
         "definitions": dict(sorted(blocks.items())),
     }
 
