@@ -148,6 +148,12 @@ def test_the_schema_accepts_our_examples() -> None:
     "text",
     [
         "bfloat16: auto",
+        "fp16: auto",
+        "max_time: 2h",
+        "hang_timeout: false",
+        "resume_from_checkpoint: true",
+        "pretraining_dataset: corpus.jsonl",
+        "max_steps: -1",
         "gradient_checkpointing: unsloth",
         "tokens: {pad_token: <p>}",
         "save_steps: 0",

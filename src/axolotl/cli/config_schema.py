@@ -15,7 +15,7 @@ from axolotl.config.distributed import FsdpConfig
 from axolotl.config.keys import SECTIONS
 from axolotl.config.load import HOLDERS
 from axolotl.config.old_keys import DATASET_RENAMED, FSDP_LEFTOVER, FSDP_RENAMED, OFFLOADING, SPECIAL_TOKENS
-from axolotl.config.section import Block, ZeroIsOff, default_of, facts
+from axolotl.config.section import Also, Block, ZeroIsOff, default_of, facts
 
 Schema = dict[str, Any]
 
@@ -123,6 +123,10 @@ def _nullable(schema: Schema) -> Schema:
 
 
 def _schema(annotation: Any, metadata: tuple[Any, ...], blocks: dict[str, Schema]) -> Schema:
+    further = [each.schema for each in metadata if isinstance(each, Also)]
+    if further:
+        rest = tuple(each for each in metadata if not isinstance(each, Also))
+        return {"anyOf": [_schema(annotation, rest, blocks), *further]}
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _schema(args[0], (*args[1:], *metadata), blocks)

@@ -13,7 +13,7 @@ from axolotl.config.examples import example
 from axolotl.config.keys import SYNONYMS, block_at, did_you_mean, field_at, nearest, nested, owners
 from axolotl.config.old_keys import ALIASES, OLD_KEYS, RENAMED
 from axolotl.config.secrets import is_secret, masked
-from axolotl.config.section import members
+from axolotl.config.section import Also, members
 from axolotl.config.yaml_file import Document, Path, Spot, dotted
 from axolotl.errors import Kind, Problem
 
@@ -29,6 +29,11 @@ HINTS = {
 
 def expected(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     """The values that a field takes, in words: "a whole number above 0"."""
+    metadata = tuple(metadata)
+    further = [each.words for each in metadata if isinstance(each, Also) and each.words]
+    if further:
+        rest = [each for each in metadata if not isinstance(each, Also)]
+        return " or ".join([expected(annotation, rest), *further])
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return expected(args[0], (*args[1:], *metadata))

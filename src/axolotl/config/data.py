@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 from axolotl.config.datasets import DatasetEntry, PretrainingEntry, PromptMapping
 from axolotl.config.section import (
     ZERO_IS_OFF,
+    Also,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -146,9 +147,9 @@ class DataSection(Section):
     """Trained tokens in the data; counted when unset."""
 
     # Streaming
-    pretraining_dataset: Annotated[list[PretrainingEntry], BeforeValidator(_listed)] = Field(
-        default_factory=list
-    )
+    pretraining_dataset: Annotated[
+        list[PretrainingEntry], BeforeValidator(_listed), Also("a path", {"type": "string"})
+    ] = Field(default_factory=list)
     """Text corpora that are read while training goes on; needs max_steps."""
     streaming: bool = False
     """Read the data while training instead of preparing it first; needs max_steps."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator
 
 from axolotl.config.section import (
+    Also,
     Block,
     Float,
     Int,
@@ -193,7 +194,7 @@ class ModelSection(Section):
     # Precision
     bf16: Literal["auto", "full"] | bool = "auto"
     """Train in bfloat16; `auto` does so where the hardware can."""
-    fp16: Annotated[bool | None, BeforeValidator(_auto)] = None
+    fp16: Annotated[bool | None, BeforeValidator(_auto), Also("`auto`", {"enum": ["auto"]})] = None
     """Train in float16 with loss scaling."""
     fp8: bool = later("fp8 training", False)
     """Do the matrix products in 8-bit floats."""

@@ -29,6 +29,13 @@ Steps = Annotated[int | float, BeforeValidator(_number), Gt(0)]
 Text = str
 
 
+class Also:
+    """A further form that the values of a field may have: in words, and as a JSON Schema. A validator reads it."""
+
+    def __init__(self, words: str, schema: dict[str, Any]) -> None:
+        self.words, self.schema = words, schema
+
+
 class ZeroIsOff:
     """Says of a field that 0 means the same as leaving it out."""
 

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 
 from axolotl.config.section import (
     ZERO_IS_OFF,
+    Also,
     Block,
     Fraction,
     Int,
@@ -70,6 +71,9 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?\s*[smhd]\s*)+")
 
 
+_TIME = Also("a time such as `2h`", {"type": "string", "pattern": "^[0-9]"})
+
+
 def _seconds(value: Any) -> Any:
     """`90`, `45m` or `1h 30m` in seconds; `false` is 0."""
     if value is False:
@@ -102,7 +106,7 @@ class TrainSection(Section):
     """Halve the batch when memory runs out, and start again."""
     num_epochs: PositiveFloat = 1.0
     """Times that training goes through the data."""
-    max_steps: Annotated[PositiveInt | None, BeforeValidator(_unlimited)] = None
+    max_steps: Annotated[PositiveInt | None, BeforeValidator(_unlimited), Also("", {"enum": [-1, 0]})] = None
     """Steps after which training ends, whatever num_epochs says."""
     seed: NonNegativeInt | None = None
     """Seed of everything random; 42 when unset."""
@@ -226,7 +230,9 @@ class TrainSection(Section):
     """Figure that decides which checkpoint is best."""
     greater_is_better: bool | None = None
     """Whether a higher figure is better."""
-    resume_from_checkpoint: Annotated[Text | None, BeforeValidator(_newest)] = None
+    resume_from_checkpoint: Annotated[
+        Text | None, BeforeValidator(_newest), Also("`true`", {"type": "boolean"})
+    ] = None
     """Checkpoint folder to continue from; `true` takes the newest intact one in output_dir."""
     auto_resume_from_checkpoints: bool = False
     """Continue from the newest intact checkpoint in output_dir."""
@@ -234,9 +240,11 @@ class TrainSection(Section):
     """Save a checkpoint when a file appears."""
 
     # Limits and accidents
-    max_time: Annotated[PositiveFloat | None, BeforeValidator(_seconds)] = None
+    max_time: Annotated[PositiveFloat | None, BeforeValidator(_seconds), _TIME] = None
     """Time after which training saves a checkpoint and ends: `2h`, `45m`, or seconds."""
-    hang_timeout: Annotated[NonNegativeFloat, BeforeValidator(_seconds)] = 1800.0
+    hang_timeout: Annotated[
+        NonNegativeFloat, BeforeValidator(_seconds), _TIME, Also("`false`", {"enum": [False]})
+    ] = 1800.0
     """Time without a step after which the stacks of all threads are written down; `false` for never."""
     on_oom: Literal["retry", "fail"] = "retry"
     """When the GPU's memory runs out: halve micro_batch_size and go on from the same step, or end."""
