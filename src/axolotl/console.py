@@ -54,10 +54,10 @@ def detail(text: str) -> None:
 
 
 @contextlib.contextmanager
-def silenced() -> Iterator[None]:
-    """Says nothing to the user inside: for work whose course is nobody's news."""
+def silenced(on: bool = True) -> Iterator[None]:
+    """Says nothing but errors inside: for work whose course is nobody's news, or has been told by another process."""
     global _silent
-    before, _silent = _silent, True
+    before, _silent = _silent, _silent or on
     try:
         yield
     finally:
@@ -82,6 +82,8 @@ def warn_once(text: str) -> None:
 
 def show_problem(problem: Problem) -> None:
     """One mistake: kind and place, message, the offending line, remedy."""
+    if problem.kind == "warning" and (_silent or not is_main_process()):
+        return
     word = "warning" if problem.kind == "warning" else "error"
     where = f"{', '.join(map(str, problem.places))}: " if problem.places else ""
     style = "yellow" if problem.kind == "warning" else "red"

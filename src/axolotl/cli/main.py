@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from axolotl import __version__, console
-from axolotl.errors import AxolotlError, ConfigError, Problem, UserError
+from axolotl.errors import AxolotlError, ConfigError, Problem
 
 if TYPE_CHECKING:
     from axolotl.config import Config
@@ -26,15 +26,21 @@ class Verbs(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as error:
-            console.show_error(error)
-            ctx.exit(error.exit_code)
         except AxolotlError as error:
-            console.stderr().print(f"error: {error}", style="red", markup=False)
-            ctx.exit(error.exit_code)
+            from axolotl.distributed.failure import tell_failure
+
+            ctx.exit(tell_failure(error))
         except KeyboardInterrupt:
             console.note("Interrupted.")
             ctx.exit(130)
+        except (click.exceptions.Exit, click.ClickException, click.Abort):
+            raise
+        except Exception as error:
+            from axolotl.distributed.failure import among_several, tell_failure
+
+            if not among_several():
+                raise
+            ctx.exit(tell_failure(error))
 
 
 def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -100,12 +106,19 @@ def takes_config(function: Callable[..., None]) -> Callable[..., None]:
 def _only_python(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if value != "python":
         raise click.BadParameter(
-            f"`{value}` is not available yet: training runs in this process, on one device. For several processes "
-            "start it with your own launcher: accelerate launch -m axolotl.cli.train config.yml",
-            ctx,
-            param,
+            f"`{value}`: only `axolotl train` runs in several processes; this command needs one.", ctx, param
         )
     return value
+
+
+class OwnOptions(click.Command):
+    """A command with options for another program behind `--`; they stand in `ctx.meta["own"]`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--" in args:
+            at = args.index("--")
+            args, ctx.meta["own"] = args[:at], args[at + 1 :]
+        return super().parse_args(ctx, args)
 
 
 takes_launcher = click.option(
@@ -126,18 +139,47 @@ def cli() -> None:
     """
 
 
-@cli.command(context_settings=PASS_ON)
+@cli.command(context_settings=PASS_ON, cls=OwnOptions)
 @click.option(
     "--sweep", type=click.Path(path_type=Path), metavar="FILE", help="Train once for each set of values."
 )
-@takes_launcher
+@click.option(
+    "--launcher",
+    type=click.Choice(["python", "torchrun", "accelerate"]),
+    help="What starts the processes: this one alone, or another program, whose own options follow behind `--`. "
+    "Without it, each GPU gets a process.",
+)
+@click.option(
+    "--num-processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes on this machine; also on CPUs.",
+)
 @takes_config
 @click.pass_context
-def train(ctx: click.Context, args: tuple[str, ...], sweep: Path | None) -> None:
+def train(
+    ctx: click.Context,
+    args: tuple[str, ...],
+    sweep: Path | None,
+    launcher: str | None,
+    num_processes: int | None,
+) -> None:
     """Train, after preparing the data where that has not been done."""
+    own = ctx.meta.get("own", [])
+    _check_launcher(launcher, num_processes, own)
     if sweep is not None:
+        if launcher or num_processes:
+            raise click.UsageError("`--sweep` takes no `--launcher` and no `--num-processes`.")
         ctx.exit(_sweep(args, sweep))
+    from axolotl.distributed.failure import end_with_parent
+
+    end_with_parent()
     cfg = _load(args, "train")
+    from axolotl.run import launch as starting
+
+    code = starting.launch(cfg, args, launcher=launcher, processes=num_processes, own=own)
+    if code is not None:
+        ctx.exit(code)
     from axolotl.run import train as verb
 
     result = verb.train(cfg)
@@ -147,6 +189,20 @@ def train(ctx: click.Context, args: tuple[str, ...], sweep: Path | None) -> None
         sys.stderr.flush()
         os._exit(result.exit_code)
     ctx.exit(result.exit_code)
+
+
+def _check_launcher(launcher: str | None, processes: int | None, own: Sequence[str]) -> None:
+    """Options that fit no launcher are a mistake, not something to pass over."""
+    if own and launcher not in ("torchrun", "accelerate"):
+        raise click.UsageError(
+            f"`-- {' '.join(own)}`: what stands behind `--` is for another launcher. "
+            "Add `--launcher torchrun` or `--launcher accelerate`, or leave it out."
+        )
+    if launcher == "python" and (processes or 1) > 1:
+        raise click.UsageError("`--launcher python` is one process; leave it out to have several.")
+    if launcher in ("torchrun", "accelerate") and processes is not None:
+        flag = "--nproc-per-node" if launcher == "torchrun" else "--num_processes"
+        raise click.UsageError(f"`--num-processes`: {launcher} has its own: `-- {flag} {processes}`.")
 
 
 def _sweep(args: tuple[str, ...], file: Path) -> int:

@@ -23,20 +23,23 @@ from axolotl.train.build import packs_rows
 from axolotl.train.checkpoint import resume_folder
 
 
-def problems_beforehand(cfg: Config, hardware: Hardware, *, data: bool) -> list[Problem]:
+def problems_beforehand(
+    cfg: Config, hardware: Hardware, *, data: bool, processes: int | None = None
+) -> list[Problem]:
     """All mistakes of config, files and machine that show without a model or a row being read.
 
     `data`: open the datasets as well, and look at their columns. A run does that anyway when it prepares them; it asks
-    for it here where something else is wrong already, so that everything is told at once.
+    for it here where something else is wrong already, so that everything is told at once. `processes`: how many the run
+    will have, where they do not run yet.
     """
-    problems = [*_cheap(cfg, hardware)]
+    problems = [*_cheap(cfg, hardware, processes or world().size)]
     if data or any(p.fatal for p in problems):
         problems += [*check_hub(cfg.model.base_model), *_data(cfg)]
     return [placed(cfg, problem) for problem in problems]
 
 
-def _cheap(cfg: Config, hardware: Hardware) -> Iterator[Problem]:
-    alone = several_devices_needed(cfg, world().size)
+def _cheap(cfg: Config, hardware: Hardware, processes: int) -> Iterator[Problem]:
+    alone = several_devices_needed(cfg, processes)
     told = {key for problem in alone for key in problem.keys}
     yield from alone
     yield from (p for p in unbuilt(cfg) if not told.intersection(p.keys))

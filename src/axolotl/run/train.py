@@ -8,6 +8,8 @@ from typing import Any
 from axolotl import console
 from axolotl.config import Config, Hardware
 from axolotl.data.stream import Stream
+from axolotl.distributed.failure import among_several, started_by_us
+from axolotl.distributed.group import from_main, start_group
 from axolotl.distributed.world import detect_hardware, only_repeatable_kernels, world
 from axolotl.errors import EnvironmentProblem, UserError
 from axolotl.model.adapter import add_adapter
@@ -22,7 +24,13 @@ from axolotl.run.merge import merge_trained
 from axolotl.run.preprocess import carry_template, stop_tokens, tokenizer_of, training_data
 from axolotl.run.ready import ready, refuse, told_with_places
 from axolotl.train.build import attention_for, build_trainer
-from axolotl.train.session import TrainResult, resume_point, seed_everything
+from axolotl.train.session import (
+    ResumePoint,
+    TrainResult,
+    accumulation_to_go_on,
+    resume_point,
+    seed_everything,
+)
 from axolotl.train.session import train as run_trainer
 
 
@@ -33,19 +41,29 @@ def train(cfg: Config) -> TrainResult:
     Raises a UserError for whatever the user can mend, most of it before any model is loaded.
     """
     hardware = detect_hardware()
-    refuse(problems_beforehand(cfg, hardware, data=False))
-    cfg = ready(automatic(cfg, hardware), hardware)
+    alone = not among_several()
+    # Who started the processes has shown the warnings and prepared the data.
+    with console.silenced(started_by_us()):
+        refuse(problems_beforehand(cfg, hardware, data=False))
+        cfg = ready(automatic(cfg, hardware), hardware)
     attention = attention_for(cfg.model, cfg.data, hardware)
     tell_attention(cfg, hardware, attention.name)
-    resume = resume_point(cfg)
+    resume = resume_point(cfg) if alone else ResumePoint(None)
     if resume.complete:
-        console.success(f"The run in `{cfg.output.output_dir}` is complete: there is nothing left to train.")
-        return TrainResult(0, True, None, {})
+        return _complete(cfg)
     before = Path(cfg.adapter.lora_model_dir) if cfg.adapter.lora_model_dir else None
-    tokenizer = tokenizer_of(cfg, before)
-    with within_ram("while the data is prepared"):
-        rows, held_out = training_data(cfg, tokenizer)
+    with console.silenced(started_by_us()):
+        tokenizer = tokenizer_of(cfg, before)
+        with within_ram("while the data is prepared"):
+            rows, held_out = training_data(cfg, tokenizer)
     tell_memory(cfg, hardware, tokenizer)
+    if not alone:
+        start_group(hardware, cfg.distributed.ddp_timeout)
+        resume = from_main(lambda: resume_point(cfg))
+        if resume.complete:
+            return _complete(cfg)
+    if resume.folder is not None:
+        cfg = _going_on(cfg, resume.folder)
     seed = 42 if cfg.train.seed is None else cfg.train.seed
     if cfg.train.deterministic:
         only_repeatable_kernels()
@@ -105,6 +123,19 @@ def tell_attention(cfg: Config, hardware: Hardware, chosen: str) -> None:
             )
         )
     console.note(f"{message}. PyTorch's own attention ({chosen}) takes its place. [AX1406]")
+
+
+def _going_on(cfg: Config, folder: Path) -> Config:
+    steps = accumulation_to_go_on(cfg, folder)
+    if steps == cfg.train.gradient_accumulation_steps:
+        return cfg
+    key = "gradient_accumulation_steps"
+    return cfg.with_values({key: steps}, {key: f"as in {folder.name}, on another number of processes"})
+
+
+def _complete(cfg: Config) -> TrainResult:
+    console.success(f"The run in `{cfg.output.output_dir}` is complete: there is nothing left to train.")
+    return TrainResult(0, True, None, {})
 
 
 def _report(output_dir: Path) -> None:

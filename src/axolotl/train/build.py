@@ -20,6 +20,7 @@ from axolotl.config.model import ModelSection
 from axolotl.config.resolve import Hardware
 from axolotl.console import detail, note, warn
 from axolotl.data.stream import Stream
+from axolotl.distributed.failure import launch_name
 from axolotl.distributed.world import world
 from axolotl.errors import ModelError, Problem
 from axolotl.methods.registry import Method, method_of
@@ -139,6 +140,7 @@ def build_trainer(
         "run_id": parts.run_id,
         "config": config_digest(cfg),
         "complete": False,
+        "launch": launch_name(),
         "total_steps": volume.total_steps,
         "data": {
             "steps_per_epoch": volume.steps_per_epoch,

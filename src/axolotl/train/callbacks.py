@@ -20,7 +20,8 @@ from transformers.trainer_callback import TrainerState as State
 from transformers.training_args import TrainingArguments as Args
 
 from axolotl.config.train import TrainSection
-from axolotl.console import note
+from axolotl.console import is_main_process, note
+from axolotl.distributed.group import from_main
 from axolotl.train.arguments import best_metric
 from axolotl.train.cadence import Cadence
 from axolotl.train.steps import TrainingDiverged
@@ -119,7 +120,7 @@ class CheckpointOnRequest(TrainerCallback):
         self.file = output_dir / name
 
     def on_step_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
-        if self.every and state.global_step % self.every == 0 and self.file.exists():
+        if self.every and state.global_step % self.every == 0 and from_main(self.file.exists):
             self.file.unlink(missing_ok=True)
             note(f"{self.file.name} asks for a checkpoint at step {state.global_step}.")
             control.should_save = True
@@ -183,6 +184,8 @@ class Signals(TrainerCallback):
         if self.received is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        if not is_main_process():
+            return
         # Written directly: a handler may run inside a print of the main program.
         os.write(2, f"\n{self.received.name}: finishing this step, then saving a checkpoint.\n".encode())
 

@@ -56,6 +56,8 @@ class RunState:
     """Those on end."""
     split: int = 1
     """Parts in which each micro batch is computed, since the GPU's memory ran out."""
+    accumulation: int = 0
+    """Micro batches of each rank per step; 0 where it is not known."""
 
 
 def checkpoint_step(folder: Path) -> int:

@@ -174,20 +174,45 @@ class Saving(_Base):
         self.save_seconds = time.perf_counter() - started
 
     def _save_aside(self, aside: Path, args: Any, kwargs: Any) -> Exception | None:
-        try:
+        def write() -> None:
             self._aside = aside
             try:
-                super()._save_checkpoint(*args, **kwargs)
+                super(Saving, self)._save_checkpoint(*args, **kwargs)
             finally:
                 self._aside = None
-            # Every rank writes its random state: the folder is whole when all have.
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self._publish(aside, facts(self))  # type: ignore[arg-type]
+
+        # Every rank writes its part, at least its random state: the folder is whole when all have.
+        problem = self._agreed(self._disk_trouble(write))
+        if problem is None:
+            problem = self._agreed(
+                self._disk_trouble(lambda: self._publish(aside, facts(self))  # type: ignore[arg-type])
+                if self.args.should_save
+                else None
+            )
+        return problem
+
+    def _disk_trouble(self, action: Callable[[], None]) -> Exception | None:
+        """Does something and returns the disk's error, if any.
+
+        Raises CheckpointError for it where all ranks write together: the others would wait for this one.
+        """
+        try:
+            action()
         except Exception as error:
             if not is_disk_trouble(error):
                 raise
+            if self.args.world_size > 1 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+                raise CheckpointError(
+                    f"The checkpoint of step {self.state.global_step} could not be saved: {error}.",
+                    "Free some space, then run the same command with `--auto-resume-from-checkpoints`.",
+                ) from error
             return error
+        return None
+
+    def _agreed(self, problem: Exception | None) -> Exception | None:
+        """This rank's problem, or word of another's."""
+        if any(self._over_ranks(int(problem is not None))):
+            return problem or OSError(errno.EIO, "another process could not write its part")
         return None
 
     def _over_ranks(self, *numbers: int) -> list[int]:
@@ -246,10 +271,10 @@ class Saving(_Base):
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         problem: Exception | None = None
         try:
-            self._room(aside)
-            if trained <= REHEARSED_BYTES:
-                self._write_all(aside)
-            if self.args.should_save:
+            problem = self._agreed(self._disk_trouble(lambda: self._open_for_all(aside)))
+            if problem is None and trained <= REHEARSED_BYTES:
+                problem = self._agreed(self._disk_trouble(lambda: self._write_all(aside)))
+            if problem is None and self.args.should_save:
                 # The optimizer has no state yet; most keep two numbers for each trained one.
                 states = (
                     2 * trained if self.parts.cadence.save and not self.parts.train.save_only_model else 0
@@ -261,7 +286,9 @@ class Saving(_Base):
                 raise
             problem = error
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            if self.args.should_save:
+                shutil.rmtree(aside, ignore_errors=True)
+        problem = self._agreed(problem)
         self.save_seconds = time.perf_counter() - began
         if problem is not None:
             reason = getattr(problem, "strerror", None) or str(problem).splitlines()[0]
@@ -273,6 +300,21 @@ class Saving(_Base):
                     ("output_dir",),
                 )
             )
+
+    def _open_for_all(self, aside: Path) -> None:
+        """Makes the folder, and sees that every rank finds it: on several machines it has to be one that they share."""
+        self._room(aside)
+        if self.args.should_save:
+            aside.mkdir()
+        self.accelerator.wait_for_everyone()
+        # A network file system may show a new folder seconds later.
+        for _ in range(50):
+            if aside.is_dir():
+                return
+            time.sleep(0.2)
+        raise OSError(
+            errno.ENOENT, "this machine does not see what the first one writes; a shared folder is needed"
+        )
 
     def _write_all(self, aside: Path) -> None:
         self.save_model(str(aside), _internal_call=True)

@@ -20,8 +20,10 @@ from axolotl.config import Config
 from axolotl.config.secrets import without_secrets
 from axolotl.console import note, success, warn
 from axolotl.data.stream import streamed_entries, streams
+from axolotl.distributed.failure import launch_name
+from axolotl.distributed.group import from_main
 from axolotl.distributed.world import keep_freed_memory, world
-from axolotl.errors import CheckpointError, EnvironmentProblem
+from axolotl.errors import CheckpointError, EnvironmentProblem, Problem
 from axolotl.model.load import ready_to_serve
 from axolotl.train.build import build_trainer, config_digest, has_to_evaluate
 from axolotl.train.callbacks import Signals
@@ -31,6 +33,7 @@ from axolotl.train.checkpoint import (
     clear_staging,
     flush_all,
     read_json,
+    read_state,
     resume_folder,
     write_json,
 )
@@ -85,6 +88,9 @@ def resume_point(cfg: Config) -> ResumePoint:
     """
     output_dir = Path(cfg.output.output_dir)
     resume, auto = cfg.train.resume_from_checkpoint, cfg.train.auto_resume_from_checkpoints
+    if restarted(output_dir):
+        note(f"Started again by the launcher after a failure: going on with the run in {output_dir}.")
+        resume, auto = None, True
     if resume or auto:
         run = read_json(output_dir / RUN)
         anywhere = not resume or resume.lower() in ("true", "auto")
@@ -95,6 +101,42 @@ def resume_point(cfg: Config) -> ResumePoint:
         for change in changed_config(cfg, folder, checkpoint_step(folder)):
             warn(f"Since {folder.name} was saved, {change}.")
     return ResumePoint(folder)
+
+
+def restarted(output_dir: Path) -> bool:
+    """Whether a launcher has started this run again after a failure, and output_dir is this run's already."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+    return again and read_json(output_dir / RUN).get("launch") == launch_name()
+
+
+def accumulation_to_go_on(cfg: Config, folder: Path) -> int:
+    """Micro batches per step with which the run sees the rows of each step as before, on another number of ranks.
+
+    The configured number where nothing is known about the checkpoint or the user has changed the batch otherwise.
+    Raises CheckpointError where no whole number does it.
+    """
+    saved, ranks, asked = read_state(folder), world().size, cfg.train.gradient_accumulation_steps
+    if saved is None or not saved.accumulation or saved.ranks == ranks:
+        return asked
+    per_step = saved.accumulation * saved.ranks
+    if asked * ranks == per_step:
+        return asked
+    if per_step % ranks:
+        raise CheckpointError(
+            Problem(
+                f"`{folder}` was saved by {saved.ranks} processes with {saved.accumulation} micro batches each; "
+                f"{ranks} processes cannot share these {per_step} evenly.",
+                f"Use a number of processes that divides {per_step}, or start anew.",
+                "checkpoint",
+                ("resume_from_checkpoint",),
+            )
+        )
+    steps = per_step // ranks
+    note(
+        f"{saved.ranks} processes before, {ranks} now: gradient_accumulation_steps {saved.accumulation} → {steps}, so "
+        "that each step sees the same rows as it would have."
+    )
+    return steps
 
 
 def train(trainer: Trainer, cfg: Config, resume: Path | None = None) -> TrainResult:
@@ -132,6 +174,9 @@ def _train(trainer: Trainer, cfg: Config, resume: Path | None) -> TrainResult:
     disable_progress_bar()
     if trainer.args.device.type == "cpu":
         keep_freed_memory()
+    if world().size > 1:
+        # The same dropout on every rank would drop the same places of different rows.
+        set_seed(trainer.args.seed + world().rank)
     try:
         with signals.listening():
             try:
@@ -206,11 +251,11 @@ def _stopped(trainer: Trainer, cfg: Config, why: str, exit_code: int) -> TrainRe
     """Says how to go on after a signal or the end of the time."""
     folder = trainer.checkpoint_folder()  # type: ignore[attr-defined]
     step, total = trainer.state.global_step, trainer.parts.volume.total_steps  # type: ignore[attr-defined]
-    if not folder.is_dir():
+    if not from_main(folder.is_dir):
         # A save that the disk refused is tried once more: there is no later one.
         trainer._save_checkpoint(trainer.model_wrapped, None)
         trainer.settle()  # type: ignore[attr-defined]
-    saved = folder if folder.is_dir() else None
+    saved = folder if from_main(folder.is_dir) else None
     if saved:
         words = cfg.words("resume_from_checkpoint", "auto_resume_from_checkpoints")
         command = shlex.join(["axolotl", "train", *words, "--resume-from-checkpoint", str(saved)])
@@ -267,8 +312,10 @@ def _written(action: Callable[[], None], what: str, output_dir: Path, tries: int
 def _write_final(trainer: Trainer, cfg: Config, output_dir: Path) -> None:
     aside = output_dir / ".tmp-final"
     inner = trainer.accelerator.unwrap_model(trainer.model)
-    shutil.rmtree(aside, ignore_errors=True)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    if world().is_main:
+        shutil.rmtree(aside, ignore_errors=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
+    trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(aside), _internal_call=True)
     if not world().is_main:
         return

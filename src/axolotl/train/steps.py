@@ -105,6 +105,9 @@ class Steps(_Base):
     _micro = 0
     _norm: Any = None
 
+    def _over_ranks(self, *numbers: int) -> list[int]:
+        raise NotImplementedError
+
     def begin_step(self) -> None:
         """Before the micro batches of a step."""
         self._step_losses, self._micro, self._norm = [], 0, None
@@ -230,7 +233,11 @@ class Steps(_Base):
         if not self.checks_steps:
             return
         losses, norm = self._figures()
-        if all(map(math.isfinite, losses)) and (norm is None or math.isfinite(norm)):
+        good = all(map(math.isfinite, losses)) and (norm is None or math.isfinite(norm))
+        if self.args.world_size > 1:
+            # All leave the step out, or none does.
+            good = not any(self._over_ranks(int(not good)))
+        if good:
             self.bad_streak = 0
             self._look_for_spikes(losses, norm)
             return

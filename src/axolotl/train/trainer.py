@@ -232,7 +232,8 @@ class TrainerMixin(Saving, Steps, _Base):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and "train_runtime" not in logs:
-            if self._failed_losses is not None and int(self._failed_losses):
+            failed = 0 if self._failed_losses is None else int(self._failed_losses)
+            if any(self._over_ranks(failed)):
                 logs["loss"] = math.nan
             self._failed_losses = None
             tokens = self.state.num_input_tokens_seen
@@ -269,6 +270,7 @@ class TrainerMixin(Saving, Steps, _Base):
             spikes=self.spikes.count,
             spike_streak=self.spikes.streak,
             split=self.split,
+            accumulation=self.args.gradient_accumulation_steps,
         )
 
 

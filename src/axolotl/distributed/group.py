@@ -1,0 +1,61 @@
+"""The processes of a run as a group: how it starts, and how all agree on what one of them found out."""
+
+from __future__ import annotations
+
+import atexit
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from axolotl.config.resolve import Hardware
+from axolotl.distributed.world import world
+
+T = TypeVar("T")
+TIMEOUT = 1800  # seconds, as transformers has it
+
+
+def start_group(hardware: Hardware, timeout: int | None = None) -> None:
+    """Lets the processes of the run meet, where there are several. Each GPU belongs to one process from here on.
+
+    `timeout`: seconds that one waits for the others before it gives up.
+    """
+    place = world()
+    if place.size <= 1 or dist.is_initialized():
+        return
+    backend = "gloo"
+    if hardware.device == "cuda":
+        torch.cuda.set_device(place.local_rank)
+        # gloo carries what is in CPU memory: offloaded weights, objects.
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout or TIMEOUT))
+    atexit.register(_end_group)
+
+
+def _end_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` returns in the first process, in all of them; it is called there alone.
+
+    The value travels pickled. Where it raises in the first process, the others are ended by their launcher.
+    """
+    place = world()
+    if place.size <= 1 or not dist.is_initialized():
+        return make()
+    box: list[T | None] = [make() if place.is_main else None]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]  # type: ignore[return-value]
+
+
+def over_all(value: bool) -> bool:
+    """Whether a thing is so in any process."""
+    if world().size <= 1 or not dist.is_initialized():
+        return value
+    found = [False] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return any(found)

@@ -1,0 +1,89 @@
+"""How many processes a training run gets, who starts them, and what is done once before they start."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from axolotl import console
+from axolotl.config import Config
+from axolotl.data.stream import streams
+from axolotl.distributed.failure import among_several
+from axolotl.distributed.launch import (
+    MODULE,
+    become,
+    defaults_for_processes,
+    launcher_command,
+    run_processes,
+)
+from axolotl.distributed.world import detect_hardware
+from axolotl.errors import EnvironmentProblem, Problem
+from axolotl.run.beforehand import problems_beforehand
+from axolotl.run.preprocess import prepare_data, tokenizer_of
+from axolotl.run.ready import ready, refuse, told_with_places
+
+
+@told_with_places
+def launch(
+    cfg: Config,
+    arguments: Sequence[str],
+    *,
+    launcher: str | None = None,
+    processes: int | None = None,
+    own: Sequence[str] = (),
+) -> int | None:
+    """Trains in several processes and returns the exit code; None where this process has to train by itself.
+
+    `arguments` are those of `axolotl train`, `own` the launcher's. Without a launcher, each GPU that is visible gets a
+    process; on the CPU there is one unless `processes` says otherwise. The data is prepared here, before any process
+    starts. Does not return for torchrun and accelerate: they take this process's place.
+    """
+    if among_several() or os.environ.get("LOCAL_RANK"):
+        return None  # a launcher has started this process already
+    count = process_count(cfg, launcher, processes)
+    if launcher not in ("torchrun", "accelerate") and count == 1:
+        return None
+    _prepare_once(cfg, count)
+    if launcher in ("torchrun", "accelerate"):
+        command = launcher_command(launcher, own, arguments, count)
+        become(command, defaults_for_processes() | dict(os.environ))
+    return run_processes([*MODULE, *arguments], count)
+
+
+def process_count(cfg: Config, launcher: str | None, asked: int | None) -> int:
+    """Processes on this machine. Raises EnvironmentProblem for more than there are GPUs."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked is not None:
+        if gpus and asked > gpus:
+            raise EnvironmentProblem(
+                Problem(
+                    f"`--num-processes {asked}`: only {gpus} GPUs are visible here, and each process needs one.",
+                    f"Write `--num-processes {gpus}` or less.",
+                    "environment",
+                )
+            )
+        return asked
+    if launcher == "python":
+        return 1
+    model = cfg.model
+    if gpus > 1 and (model.device_map or model.max_memory or model.gpu_memory_limit or model.device):
+        console.note(
+            "One process for all GPUs, because the config says itself where the model lies "
+            "(`device_map`, `max_memory`, `gpu_memory_limit` or `device`)."
+        )
+        return 1
+    return max(1, gpus)
+
+
+def _prepare_once(cfg: Config, processes: int) -> None:
+    """Tells every mistake that can be told now, and prepares the data: no process waits in a collective for it."""
+    hardware = detect_hardware()
+    refuse(problems_beforehand(cfg, hardware, data=False, processes=processes))
+    cfg = ready(cfg, hardware)
+    before = Path(cfg.adapter.lora_model_dir) if cfg.adapter.lora_model_dir else None
+    tokenizer = tokenizer_of(cfg, before)
+    if not streams(cfg.data) or cfg.data.test_datasets:
+        prepare_data(cfg, tokenizer)
