@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from axolotl import __version__, console
+from axolotl.cli.processes import OwnOptions, check_launcher, run_training, takes_launcher, takes_processes
 from axolotl.errors import AxolotlError, ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -103,33 +104,6 @@ def takes_config(function: Callable[..., None]) -> Callable[..., None]:
     )
 
 
-def _only_python(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    if value != "python":
-        raise click.BadParameter(
-            f"`{value}`: only `axolotl train` runs in several processes; this command needs one.", ctx, param
-        )
-    return value
-
-
-class OwnOptions(click.Command):
-    """A command with options for another program behind `--`; they stand in `ctx.meta["own"]`."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if "--" in args:
-            at = args.index("--")
-            args, ctx.meta["own"] = args[:at], args[at + 1 :]
-        return super().parse_args(ctx, args)
-
-
-takes_launcher = click.option(
-    "--launcher",
-    default="python",
-    callback=_only_python,
-    expose_value=False,
-    help="What starts the processes: `python`, this one.",
-)
-
-
 @click.group(cls=Verbs, context_settings={"help_option_names": ["--help", "-h"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="axolotl")
 def cli() -> None:
@@ -143,18 +117,7 @@ def cli() -> None:
 @click.option(
     "--sweep", type=click.Path(path_type=Path), metavar="FILE", help="Train once for each set of values."
 )
-@click.option(
-    "--launcher",
-    type=click.Choice(["python", "torchrun", "accelerate"]),
-    help="What starts the processes: this one alone, or another program, whose own options follow behind `--`. "
-    "Without it, each GPU gets a process.",
-)
-@click.option(
-    "--num-processes",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Processes on this machine; also on CPUs.",
-)
+@takes_processes
 @takes_config
 @click.pass_context
 def train(
@@ -166,43 +129,12 @@ def train(
 ) -> None:
     """Train, after preparing the data where that has not been done."""
     own = ctx.meta.get("own", [])
-    _check_launcher(launcher, num_processes, own)
+    check_launcher(launcher, num_processes, own)
     if sweep is not None:
         if launcher or num_processes:
             raise click.UsageError("`--sweep` takes no `--launcher` and no `--num-processes`.")
         ctx.exit(_sweep(args, sweep))
-    from axolotl.distributed.failure import end_with_parent
-
-    end_with_parent()
-    cfg = _load(args, "train")
-    from axolotl.run import launch as starting
-
-    code = starting.launch(cfg, args, launcher=launcher, processes=num_processes, own=own)
-    if code is not None:
-        ctx.exit(code)
-    from axolotl.run import train as verb
-
-    result = verb.train(cfg)
-    if result.stuck:
-        # What a tracker's package has registered for the end of the process may wait for its server for minutes.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(result.exit_code)
-    ctx.exit(result.exit_code)
-
-
-def _check_launcher(launcher: str | None, processes: int | None, own: Sequence[str]) -> None:
-    """Options that fit no launcher are a mistake, not something to pass over."""
-    if own and launcher not in ("torchrun", "accelerate"):
-        raise click.UsageError(
-            f"`-- {' '.join(own)}`: what stands behind `--` is for another launcher. "
-            "Add `--launcher torchrun` or `--launcher accelerate`, or leave it out."
-        )
-    if launcher == "python" and (processes or 1) > 1:
-        raise click.UsageError("`--launcher python` is one process; leave it out to have several.")
-    if launcher in ("torchrun", "accelerate") and processes is not None:
-        flag = "--nproc-per-node" if launcher == "torchrun" else "--num_processes"
-        raise click.UsageError(f"`--num-processes`: {launcher} has its own: `-- {flag} {processes}`.")
+    ctx.exit(run_training(lambda: _load(args, "train"), args, launcher, num_processes, own))
 
 
 def _sweep(args: tuple[str, ...], file: Path) -> int:

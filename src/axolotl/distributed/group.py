@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
+import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
@@ -31,12 +32,21 @@ def start_group(hardware: Hardware, timeout: int | None = None) -> None:
         # gloo carries what is in CPU memory: offloaded weights, objects.
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout or TIMEOUT))
-    atexit.register(_end_group)
 
 
-def _end_group() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def leave_group(exit_code: int = 0) -> None:
+    """Ends the group for this process, which has done its part. Only the first one comes back from here.
+
+    The others have nothing left to write, and a thread of a library that is in C++ when Python ends would turn their
+    success into an abort.
+    """
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    if not world().is_main:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
 
 
 def from_main(make: Callable[[], T]) -> T:

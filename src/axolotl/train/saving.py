@@ -184,8 +184,9 @@ class Saving(_Base):
         # Every rank writes its part, at least its random state: the folder is whole when all have.
         problem = self._agreed(self._disk_trouble(write))
         if problem is None:
+            whole: Any = self
             problem = self._agreed(
-                self._disk_trouble(lambda: self._publish(aside, facts(self))  # type: ignore[arg-type])
+                self._disk_trouble(lambda: self._publish(aside, facts(whole)))
                 if self.args.should_save
                 else None
             )
