@@ -135,23 +135,6 @@ def test_an_error_before_training_is_told_once(long: Runs) -> None:
     assert "Traceback" not in said
 
 
-def test_torchrun_starts_again_and_goes_on_from_the_last_checkpoint(
-    tmp_path: Path, tiny_llama3: Path
-) -> None:
-    runs = Runs(tmp_path, tiny_llama3, save_steps=2, val_set_size=0)
-    runs.run("whole", "--num-processes", "2", "--plugins", "[accident]")
-    said = runs.run(
-        "out",
-        *("--plugins", "[accident]", "--launcher", "torchrun", "--"),
-        *("--nproc-per-node", "2", "--max-restarts", "1", "--standalone"),
-        ACCIDENT="kill:1:5",
-    )
-    assert "Started again by the launcher" in said
-    assert (runs.folder / "out" / "accident").exists()
-    assert furthest(runs.losses("whole"), runs.losses("out")) == 0
-    assert furthest(runs.weights("whole"), runs.weights("out")) == 0
-
-
 def test_accelerate_can_start_it(packed: Runs) -> None:
     packed.run(
         "accelerated",
