@@ -24,6 +24,9 @@ os.environ.update(
     WANDB_MODE="disabled",
     COLUMNS="200",
 )
+if not Path("/dev/nvidiactl").exists():
+    # Triton decides when it is first imported, for the whole process.
+    os.environ["TRITON_INTERPRET"] = "1"
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
     os.environ.pop(name, None)
 

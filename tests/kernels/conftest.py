@@ -1,15 +1,8 @@
-"""Triton's interpreter for the tests of programs."""
+"""What the tests of programs need."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
-
-
-def pytest_configure() -> None:
-    # Triton decides when it is first imported, for the whole process.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

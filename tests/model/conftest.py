@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
-
-# Triton decides when it is first imported, for the whole process.
-os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")
