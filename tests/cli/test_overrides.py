@@ -146,3 +146,17 @@ def test_every_boolean_key_can_be_switched_by_name_alone() -> None:
         if bool in kinds_at((key,)):
             assert parse_overrides([f"--{key}", "--seed", "1"])[0] == Override(key, "true", f"--{key}")
             assert parse_overrides([f"--no-{key}"])[0].text == "false"
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("flags", ["--no-adapter", "--adapter false", "--adapter null"])
+def test_false_unsets_a_key_of_text_as_it_does_in_a_file(flags: str) -> None:
+    Path("c.yml").write_text(BASE + "adapter: lora\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\n")
+    assert load(flags).adapter.adapter is None
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_a_flag_unset_is_told_by_its_key() -> None:
+    Path("c.yml").write_text(BASE + "adapter: lora\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\n")
+    [problem] = told("--no-lora-r")
+    assert problem.message == "`adapter: lora` needs `lora_r`."

@@ -88,3 +88,16 @@ def test_complaints_import_nothing(load) -> None:  # type: ignore[no-untyped-def
     load()
     assert complaint("my_broken_plugin.Plugin") is None
     assert "my_broken_plugin" not in sys.modules
+
+
+def test_plugins_are_found_in_the_working_folder(load, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    cfg = load("my_plugin_of_tests")
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(Path.cwd()))])
+    import_plugins(cfg)
+    assert sys.modules["my_plugin_of_tests"].LOADED
+
+
+def test_what_a_plugin_lacks_is_named(load) -> None:  # type: ignore[no-untyped-def]
+    Path("my_broken_plugin.py").write_text("import no_such_module_anywhere\n")
+    with pytest.raises(ConfigError, match="it imports `no_such_module_anywhere`"):
+        import_plugins(load("my_broken_plugin"))

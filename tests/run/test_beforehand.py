@@ -126,3 +126,19 @@ def test_names_are_looked_at_once_plugins_are_there(config, tmp_path, monkeypatc
     [problem] = fatal(check(load_config(config("plugins: [plugin_that_fails]"))))
     assert "ValueError: no" in problem.message
     assert problem.places[0].line == 6
+
+
+@pytest.mark.parametrize(
+    ("more", "told"), [("", True), ("rope_scaling: {rope_type: linear, factor: 9}", False)]
+)
+def test_rows_longer_than_the_model_was_made_for_are_told(config, more: str, told: bool) -> None:
+    longest = json.loads((MODEL / "config.json").read_text())["max_position_embeddings"]
+    override = f"overrides_of_model_config: {{{more}}}" if more else ""
+    cfg = load_config(config(f"sequence_len: {longest + 1}\n{override}"))
+    found = [p for p in problems_beforehand(cfg, CPU, data=False) if "max_position_embeddings" in p.message]
+    assert len(found) == told
+    assert all(
+        p.kind == "warning" and f"{longest + 1:,}" in p.message and f"{longest:,}" in p.message for p in found
+    )
+    cfg = load_config(config(f"sequence_len: {longest}"))
+    assert not [p for p in problems_beforehand(cfg, CPU, data=False) if "max_position" in p.message]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from axolotl.config.fetch import read_source
-from axolotl.config.keys import kinds_at
+from axolotl.config.keys import kinds_at, owner, owners
+from axolotl.config.section import off
 from axolotl.config.yaml_file import Document, Spot, dotted, excerpt, parse_value, scalar, undotted
 from axolotl.config.yaml_file import Path as KeyPath
 from axolotl.errors import ConfigError, Place, Problem
@@ -153,7 +154,14 @@ class Merged:
         if not isinstance(text, str):
             return text
         if kinds_at(path) == [str]:
-            return None if scalar(text) is None else text
+            value = scalar(text)
+            unset = value is None or (
+                value is False
+                and len(path) == 1
+                and path[0] in owners()
+                and off(owner(str(path[0])), str(path[0]), value)
+            )
+            return None if unset else text
         return parse_value(text, flag)
 
     @staticmethod
@@ -173,6 +181,8 @@ def _as_typed(problem: Problem) -> Problem:
     if not flag.startswith("--"):
         return problem
     message = problem.message
+    if problem.kind == "missing" and flag.startswith("--no-"):
+        return problem  # what is missing is the key, which the flag unsets
     for key in problem.keys:
         word = str(undotted(key)[-1])
         for name in (key, word):

@@ -105,6 +105,10 @@ def import_plugins(cfg: Config) -> None:
     An error inside a plugin's module is told as an EnvironmentProblem with its cause.
     """
     named = entry_points()
+    if own_plugins(cfg):  # the console script, unlike `python -m`, does not look in the working folder
+        here = str(Path.cwd())
+        if here not in sys.path:
+            sys.path.insert(0, here)
     for index, name in enumerate(cfg.method.plugins or ()):
         if integration(name) is not None:
             continue
@@ -120,8 +124,14 @@ def import_plugins(cfg: Config) -> None:
                 if not hasattr(importlib.import_module(module), attribute):
                     raise
         except ModuleNotFoundError as error:
-            message = f"The plugin `{name}` cannot be imported: there is no module `{error.name or target}`."
-            raise ConfigError(cfg.problem(message, "Install its package, or delete the line.", key)) from None
+            missing = error.name or target
+            if f"{target}.".startswith(f"{missing}."):
+                message = f"The plugin `{name}` cannot be imported: there is no module `{missing}`."
+                remedy = "Install its package, or delete the line."
+            else:
+                message = f"The plugin `{name}` cannot be imported: it imports `{missing}`, and there is no such module."
+                remedy = f"Install what brings `{missing}`, or correct the plugin."
+            raise ConfigError(cfg.problem(message, remedy, key)) from None
         except Exception as error:
             message = f"The plugin `{name}` fails while it is imported: {type(error).__name__}: {error}"
             raise EnvironmentProblem(

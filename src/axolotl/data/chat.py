@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from axolotl.data.encode import Encoded, Encoder, steering_tokens
-from axolotl.data.formats.messages import DEFAULT_ROLES, role_names, trained_roles
+from axolotl.data.formats.messages import DEFAULT_ROLES, THINKING, role_names, trained_roles
 from axolotl.data.mask import StopRule, Turn, When, labels_of, locate_turns, trained_ranges
 from axolotl.data.templates import ChatTemplate, Trace, load_template
 from axolotl.data.types import Conversation, Message, Rendered, RowProblem
@@ -116,7 +116,7 @@ class ChatRenderer:
         return "\n".join([*text, self.probe.text[at:]])
 
     def _probe_turns(self) -> list[Turn]:
-        if self.probe is None:
+        if self.probe is None or not self.probe.runs:
             return []
         count = 1 + max(source.turn for *_, source in self.probe.runs)
         return locate_turns(self.probe, count, [False] * count, self.rule)
@@ -138,6 +138,21 @@ class ChatRenderer:
                 turn.stop = None
         return turns
 
+    def _writes_nothing(self) -> bool:
+        """True where no text of any role that is known here comes into what the template writes."""
+        for role in ("", *sorted(self._named_roles | self.roles_to_train | self.template.words)):
+            try:
+                trace = (
+                    self.template.trace(Conversation([Message(role, "Axtext")]), self.variables)
+                    if role
+                    else self.probe
+                )
+            except RowProblem:
+                return False  # what it refuses to write is told with the row
+            if trace is not None and trace.runs:
+                return False
+        return True
+
     def stop_tokens(self) -> list[str]:
         """What ends a turn of the assistant: the named eot_tokens that the template writes, else what it writes there."""
         turns = self._probe_turns()
@@ -152,6 +167,15 @@ class ChatRenderer:
         name = self.template.name
         if self.probe is None:
             return found
+        if self._writes_nothing():
+            return [
+                Problem(
+                    f"the chat template `{name}` writes nothing of the content of the messages.",
+                    "Let it write `{{ message['content'] }}` of each message; look at the spelling of the keys it reads.",
+                    kind="data",
+                    keys=("chat_template_jinja", "chat_template"),
+                )
+            ]
         turns = self._probe_turns()
         stop = turns[-1].stop if turns else None
         vocabulary = self.encoder.backend
@@ -197,6 +221,20 @@ class ChatRenderer:
                         keys=("roles_to_train",),
                     )
                 )
+        for target, source in (self.entry.message_property_mappings or {}).items():
+            read = re.search(rf"(?<!\w){re.escape(target)}(?!\w)", self.template.text)
+            if read or target in ("role", "content", THINKING):
+                continue
+            near = difflib.get_close_matches(target, ["role", "content", THINKING, "tool_calls"], n=1)
+            found.append(
+                Problem(
+                    f"`message_property_mappings` gives the template `{target}` (from `{source}`), which the chat template "
+                    f"`{name}` never reads.",
+                    f"Did you mean `{near[0]}`?" if near else "Remove it, or correct its spelling.",
+                    kind="warning",
+                    keys=("message_property_mappings",),
+                )
+            )
         trains_assistant = "assistant" in self.roles_to_train or self.train_on_inputs
         if stop is None and self.rule.train_on_eos != "none" and trains_assistant:
             found.append(

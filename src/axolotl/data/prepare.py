@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from axolotl.console import note, warn
+from axolotl.console import note, show_problem, warn
 from axolotl.data import cache
 from axolotl.data.filters import SeenRows, drop_rows
+from axolotl.data.formats.watch import Watch, unseen_problems
 from axolotl.data.ledger import (
     LEDGER_SCHEMA,
     ROWS_SCHEMA,
@@ -172,6 +173,7 @@ def _prepare_dataset(
     """Writes the remaining shards of one dataset. `totals`: what the set's folder holds before; returns it with these."""
     already = sum(p.counts.read for p in task.parts)
     notes: Counter[str] = Counter()
+    watch: Watch | None = None
     progress = Progress(f"preparing {task.name}", lambda: task.source.rows, already)
     writer: PartWriter | None = None
 
@@ -191,6 +193,7 @@ def _prepare_dataset(
             progress.advance(len(result.rows.ledger.row))
             failures += result.failures
             notes.update(result.notes)
+            watch = watch.merge(result.watch) if watch else result.watch
             if len(failures) > MOST_FAILURES:
                 break
             if failures:  # nothing more is written: this data has to change first
@@ -205,6 +208,8 @@ def _prepare_dataset(
             if writer.full:
                 close(last=False)
         if not failures:
+            if watch and not already:  # what an interrupted run read may have had the keys
+                tell_unseen(task, watch)
             close(last=True)
         if task.source.blank_lines:
             note(f"{task.name}: {task.source.blank_lines:,} blank lines skipped")
@@ -221,6 +226,15 @@ def chunks(source: Source, start: int) -> Iterator[list[Row]]:
     """The rows of a source after the first `start`, in chunks; row ids as plain tuples, which travel quickly."""
     for batch in source.batches(CHUNK_ROWS, start):
         yield [((row_id.file, row_id.row), row) for row_id, row in batch]
+
+
+def tell_unseen(task: Task, watch: Watch) -> None:
+    """Tells of keys that options name and no message has. Raises DataError where one is a mark of training misspelt."""
+    problems = unseen_problems(task.entry, watch, task.name, task.key, task.places)
+    if any(p.fatal for p in problems):
+        raise DataError(problems)
+    for problem in problems:
+        show_problem(problem)
 
 
 def row_problem(failure: RowFailure) -> Problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,11 @@ class Renderer:
         if self._encoder is None:
             self._encoder = Encoder(self.tokenizer)
         return self._encoder
+
+    @functools.cached_property
+    def vocabulary(self) -> int:
+        """One more than the greatest id of the tokenizer."""
+        return 1 + max(self.encoder.backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
     def chat(self) -> ChatRenderer:
@@ -114,7 +120,7 @@ class Renderer:
             if isinstance(value, Conversation):
                 chats.append(i)
             elif isinstance(value, Tokenized):
-                results[i] = _pass_through(value)
+                results[i] = _pass_through(value, self.vocabulary)
             elif isinstance(value, Pieces):
                 texts.extend(p.text for p in value.pieces)
             elif isinstance(value, Completion):
@@ -177,9 +183,28 @@ def _is_built_in(kind: str) -> bool:
     return any(n in formats and formats.describe(n).module.startswith(formats.folder) for n in names)
 
 
-def _pass_through(value: Tokenized) -> list[Rendered] | RowProblem:
+def _pass_through(value: Tokenized, vocabulary: int) -> list[Rendered] | RowProblem:
     if len(value.input_ids) != len(value.labels):
         return RowProblem(
             "input_ids and labels differ in length", f"{len(value.input_ids)} and {len(value.labels)} entries"
+        )
+    if not value.input_ids:
+        return [Rendered([], [])]
+    for field, found, least in (("input_ids", value.input_ids, 0), ("labels", value.labels, IGNORE_INDEX)):
+        for each in (min(found), max(found)):
+            if least <= each < vocabulary and (each >= 0 or each == IGNORE_INDEX):
+                continue
+            also = f", {IGNORE_INDEX} for what is not trained" if field == "labels" else ""
+            return RowProblem(
+                "token id outside the vocabulary",
+                f"`{field}` holds {each}; this tokenizer has the ids 0 to {vocabulary - 1:,}{also}",
+                "Tokenise the rows with the tokenizer of this `base_model`.",
+            )
+    if any(IGNORE_INDEX < label < 0 for label in value.labels):
+        wrong = next(label for label in value.labels if IGNORE_INDEX < label < 0)
+        return RowProblem(
+            "token id outside the vocabulary",
+            f"`labels` holds {wrong}; besides token ids it may hold only {IGNORE_INDEX}",
+            f"Write {IGNORE_INDEX} for what is not trained.",
         )
     return [Rendered(value.input_ids, value.labels)]

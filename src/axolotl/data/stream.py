@@ -17,8 +17,9 @@ from axolotl.config.datasets import DatasetEntry
 from axolotl.console import note, warn
 from axolotl.data import cache
 from axolotl.data.filters import FilteredRows
+from axolotl.data.formats.watch import Watch
 from axolotl.data.ledger import Counts, DatasetSummary, summary_lines
-from axolotl.data.prepare import MOST_FAILURES, check_dropped, row_problem
+from axolotl.data.prepare import MOST_FAILURES, check_dropped, row_problem, tell_unseen
 from axolotl.data.sources import FileSource, Source
 from axolotl.data.tasks import Task, open_tasks
 from axolotl.data.work import Row
@@ -122,6 +123,7 @@ class Stream:
         self.counts = [Counts() for _ in tasks]
         """What became of the rows read by this process."""
         self._told: set[tuple[int, str]] = set()
+        self._watches: dict[int, Watch | None] = {}
         self._shares = self._sizes()
 
     @property
@@ -176,6 +178,7 @@ class Stream:
                 if result.failures:
                     raise DataError([row_problem(f) for f in result.failures[:MOST_FAILURES]])
                 self._count(which, result.rows, result.notes)
+                self._look(which, result.watch)
                 if ended and position[which].passes == 1:
                     note(f"{self.tasks[which].name}: all rows were read; the stream begins again.")
                 held.append(result.rows)
@@ -249,6 +252,18 @@ class Stream:
                 warn(f"{task.name}: {what}: they are not in the training text.")
         if counts.read >= _FEW_ROWS:
             check_dropped(self.data, [self._summary(which)])
+
+    def _look(self, which: int, watch: Watch) -> None:
+        """Tells of keys that no message of the first rows has, once for each dataset."""
+        known = self._watches.get(which, watch)
+        if known is None:
+            return
+        self._watches[which] = known = known.merge(watch)
+        if not known.unseen:
+            self._watches[which] = None
+        elif self.counts[which].read >= min(_FEW_ROWS, self.data.streaming_multipack_buffer_size):
+            self._watches[which] = None
+            tell_unseen(self.tasks[which], known)
 
     def _check_empty(self, empty_passes: int) -> None:
         if empty_passes >= len(self.tasks):

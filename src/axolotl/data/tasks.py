@@ -36,6 +36,8 @@ class Task:
     renderer: Renderer
     job: Job
     parts: list[Part] = field(default_factory=list)
+    places: Callable[[str], Place] = Place
+    """Where a key stands in the config."""
 
     @property
     def name(self) -> str:
@@ -68,7 +70,7 @@ def open_tasks(
             format_ = resolve_format(entry, columns, section, places(f"{key}.type"))
             renderer = build_renderer(facts, section, entry)
             unfit = check_fields(format_, columns, entry, places(key))
-            problems += [unfit] if unfit else renderer.problems()
+            problems += [unfit] if unfit else [_of_entry(p, entry, key, places) for p in renderer.problems()]
         except UserError as error:
             here = (places(key),)
             problems += [p if p.places or p.keys else replace(p, places=here) for p in error.problems]
@@ -79,7 +81,7 @@ def open_tasks(
             data.excess_length_strategy or "drop",
         )
         job = Job(section, entry, columns, limits, facts)
-        tasks.append(Task(key, set_name, number, entry, source, format_, renderer, job))
+        tasks.append(Task(key, set_name, number, entry, source, format_, renderer, job, places=places))
     problems = list(dict.fromkeys(problems))
     if any(p.fatal for p in problems):
         raise DataError(problems)
@@ -90,6 +92,14 @@ def open_tasks(
             "the config names no dataset.", "Add at least one entry under `datasets`.", places("datasets")
         )
     return tasks
+
+
+def _of_entry(problem: Problem, entry: DatasetEntry, key: str, places: Callable[[str], Place]) -> Problem:
+    """A problem of a dataset with the place of the option that the dataset itself sets."""
+    own = next((k for k in problem.keys if k in entry.model_fields_set), None)
+    if own is None or problem.places:
+        return problem
+    return replace(problem, places=(places(f"{key}.{own}"),), keys=(f"{key}.{own}",))
 
 
 def fingerprint_parts(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl.data.filters import FilteredRows, Limits, filter_rows
 from axolotl.data.formats import resolve_format
+from axolotl.data.formats.watch import Watch
 from axolotl.data.render import build_renderer
 from axolotl.data.types import FormatValue, Rendered, RowProblem
 from axolotl.errors import UserError
@@ -81,6 +82,8 @@ class ChunkResult:
     failures: list[RowFailure] = field(default_factory=list)
     notes: dict[str, int] = field(default_factory=dict)
     """What the template left out of these rows: a sentence, and the number of turns."""
+    watch: Watch = field(default_factory=Watch)
+    """Keys of messages that options name and that had not come up after this chunk."""
 
 
 class ChunkWorker:
@@ -139,7 +142,7 @@ class ChunkWorker:
                     "Raise `sequence_len`, or set `excess_length_strategy` to `drop` or `truncate`.",
                 )
             )
-        return ChunkResult(filtered, failures, renderer.take_notes())
+        return ChunkResult(filtered, failures, renderer.take_notes(), format_.watch.copy())
 
 
 def _render(renderer: Any, values: list[FormatValue]) -> list[list[Rendered] | RowProblem]:

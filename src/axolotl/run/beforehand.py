@@ -12,9 +12,9 @@ from axolotl.data.formats import check_fields, resolve_format
 from axolotl.data.sources import open_source
 from axolotl.data.stream import streamed_entries, streams
 from axolotl.distributed.world import world
-from axolotl.errors import Problem, UserError
+from axolotl.errors import ModelError, Problem, UserError
 from axolotl.model import attention, load, quantize, tokenizer
-from axolotl.model.files import check_adapter_dir, check_base_model
+from axolotl.model.files import check_adapter_dir, check_base_model, local_folder, read_json
 from axolotl.model.hub import check_hub
 from axolotl.optim import registry as optimizers
 from axolotl.run.ready import check_folder, check_output, placed
@@ -48,6 +48,7 @@ def _cheap(cfg: Config, hardware: Hardware, processes: int) -> Iterator[Problem]
     yield from check_base_model(cfg.model)
     yield from check_adapter_dir(cfg.adapter)
     yield from load.check(cfg.model)
+    yield from check_length(cfg)
     yield from tokenizer.check(cfg.model)
     yield from quantize.check(cfg.model, cfg.adapter)
     yield from attention.check(cfg.model, packs_rows(cfg.data), hardware)
@@ -61,6 +62,32 @@ def _cheap(cfg: Config, hardware: Hardware, processes: int) -> Iterator[Problem]
             resume_folder(resume, False, Path(cfg.output.output_dir))
         except UserError as error:
             yield from error.problems
+
+
+def check_length(cfg: Config) -> Iterator[Problem]:
+    """A warning where rows may be longer than the positions that a model on this machine was made for."""
+    folder = local_folder(cfg.model.base_model_config or cfg.model.base_model)
+    if folder is None or not (folder / "config.json").is_file():
+        return
+    try:
+        whole = read_json(folder / "config.json")
+    except ModelError:
+        return  # told with the model
+    changed = cfg.model.overrides_of_model_config or {}
+    inner = whole.get("text_config")
+    facts = {**whole, **(inner if isinstance(inner, dict) else {}), **changed}
+    longest = facts.get("max_position_embeddings")
+    rope = facts.get("rope_scaling") or facts.get("rope_parameters")
+    scaled = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) != "default"
+    if not isinstance(longest, int) or scaled or cfg.data.sequence_len <= longest:
+        return
+    yield cfg.problem(
+        f"`sequence_len` is {cfg.data.sequence_len:,}, and the model was made for {longest:,} positions "
+        "(`max_position_embeddings`).",
+        f"Set `sequence_len: {longest}`, or scale the positions with `overrides_of_model_config: {{rope_scaling: ...}}`.",
+        "sequence_len",
+        kind="warning",
+    )
 
 
 def _data(cfg: Config) -> Iterator[Problem]:

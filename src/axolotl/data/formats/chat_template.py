@@ -22,7 +22,8 @@ def chat_template(entry: DatasetEntry, data: DataSection) -> Format:
     field_tools = entry.field_tools or "tools"
     field_system = entry.field_system or "system"
     drop_system = bool(entry.drop_system_message)
-    read = MessageReader(entry, data).read
+    reader = MessageReader(entry, data)
+    read = reader.read
 
     def convert(row: Row) -> Conversation:
         messages = _messages(row, field, read)
@@ -39,7 +40,7 @@ def chat_template(entry: DatasetEntry, data: DataSection) -> Format:
         tools = row.get(field_tools)
         return Conversation(messages, _tools(tools, field_tools) if tools else None)
 
-    return Format("chat_template", convert, (field,), (field_tools, field_system))
+    return Format("chat_template", convert, (field,), (field_tools, field_system), reader.watch)
 
 
 def _messages(row: Row, field: str, read: Callable[[Any, int], Message]) -> list[Message]:

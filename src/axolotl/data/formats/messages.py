@@ -6,6 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 from axolotl.data.formats.columns import decoded, kind
+from axolotl.data.formats.watch import Watch
 from axolotl.data.types import DetailSpan, Message, RowProblem
 from axolotl.errors import ConfigError
 
@@ -64,6 +65,12 @@ class MessageReader:
         self.mappings = [(target, source) for target, source in mappings.items() if target != source]
         self.training_key = entry.message_field_training
         self.detail_key = entry.message_field_training_detail
+        named = (
+            self.training_key,
+            self.detail_key,
+            *(s for t, s in (entry.message_property_mappings or {}).items() if t not in ("role", "content")),
+        )
+        self.watch = Watch({key for key in named if key})
         self.known = {self.role_key, self.content_key, "role", "content"}
         self.known |= {source for _, source in self.mappings}
         self.known |= {key for key in (self.training_key, self.detail_key) if key}
@@ -76,6 +83,8 @@ class MessageReader:
         """The message that `raw` is; `number` counts from 1. Raises RowProblem where it cannot be read."""
         if type(raw) is not dict:
             raise RowProblem("message is not an object", f"message {number} is {kind(raw)}")
+        if self.watch.unseen:
+            self.watch.look(raw)
         role = raw.get(self.role_key)
         if type(role) is not str:
             told = self._lacks(raw, number, self.role_key, role)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from axolotl.data.formats.watch import Watch
 from axolotl.data.types import Completion, Conversation, FormatValue, Marked, Message, Pieces, Tokenized
 from axolotl.errors import ConfigError
 from axolotl.registry import Registry
@@ -31,6 +32,8 @@ class Format:
     convert: Convert
     required_fields: tuple[str, ...] = ()
     optional_fields: tuple[str, ...] = ()
+    watch: Watch = field(default_factory=Watch, compare=False)
+    """Which keys of messages that the entry names have not come up."""
 
 
 Builder = Callable[..., Convert | Format]
