@@ -252,9 +252,9 @@ BROKEN = [
     ("the_best_needs_evaluation", "save_strategy: best", "missing", "save_strategy"),
     (
         "uploads_follow_saving",
-        "hub_model_id: a/b\nsave_strategy: no",
+        "hub_model_id: a/b\nhub_strategy: checkpoint\nsave_strategy: no",
         "warning",
-        "hub_model_id save_strategy",
+        "hub_strategy save_strategy",
     ),
     ("uploads_follow_saving", "hub_strategy: end", "warning", "hub_strategy"),
     (

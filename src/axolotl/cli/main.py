@@ -312,6 +312,22 @@ def vllm_serve(ctx: click.Context, args: tuple[str, ...], show: bool) -> None:
     ctx.exit(verb.serve(cfg, show=show))
 
 
+@cli.command(context_settings=PASS_ON)
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of the weights. Default: output_dir.",
+)
+@takes_config
+def publish(args: tuple[str, ...], folder: Path | None) -> None:
+    """Upload the finished weights to `hub_model_id`, a private repository of the Hub."""
+    cfg = _load(args, "publish")
+    from axolotl.run import publish as verb
+
+    verb.publish(cfg, folder=folder)
+
+
 @cli.command("merge-sharded-fsdp-weights", context_settings=PASS_ON)
 @click.option(
     "--sharded-dir",

@@ -17,7 +17,7 @@ class OutputSection(Section):
     hub_model_id: Text | None = None
     """Hub repository that gets the finished weights; it is made private."""
     hub_strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] | None = None
-    """When to upload."""
+    """What to upload: finished weights (end), also each save's (every_save), also what resumes from the last or from all."""
     hub_revision: Text | None = None
     """Branch to upload to."""
     gradio_title: Text | None = None

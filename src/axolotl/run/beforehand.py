@@ -15,7 +15,7 @@ from axolotl.distributed.world import world
 from axolotl.errors import ModelError, Problem, UserError
 from axolotl.model import attention, load, quantize, tokenizer
 from axolotl.model.files import check_adapter_dir, check_base_model, local_folder, read_json
-from axolotl.model.hub import check_hub
+from axolotl.model.hub import check_hub, check_upload
 from axolotl.optim import registry as optimizers
 from axolotl.run.ready import check_folder, check_output, placed
 from axolotl.train import arguments, tracking
@@ -57,6 +57,8 @@ def _cheap(cfg: Config, hardware: Hardware, processes: int) -> Iterator[Problem]
     yield from tracking.check(cfg.tracking)
     yield from arguments.check(cfg.train)
     resume = cfg.train.resume_from_checkpoint
+    resuming = bool(resume or cfg.train.auto_resume_from_checkpoints)
+    yield from check_upload(cfg.output.hub_model_id, resuming=resuming)
     if resume and resume.lower() not in ("true", "auto") and not Path(resume).is_dir():
         try:
             resume_folder(resume, False, Path(cfg.output.output_dir))

@@ -32,6 +32,7 @@ from axolotl.train.session import (
     seed_everything,
 )
 from axolotl.train.session import train as run_trainer
+from axolotl.weights.publish import open_repository
 
 
 @told_with_places
@@ -51,6 +52,8 @@ def train(cfg: Config) -> TrainResult:
     resume = resume_point(cfg) if alone else ResumePoint(None)
     if resume.complete:
         return _complete(cfg)
+    if alone:
+        _open_repository(cfg, resume)
     before = Path(cfg.adapter.lora_model_dir) if cfg.adapter.lora_model_dir else None
     with console.silenced(started_by_us()):
         tokenizer = tokenizer_of(cfg, before)
@@ -62,6 +65,7 @@ def train(cfg: Config) -> TrainResult:
         resume = from_main(lambda: resume_point(cfg))
         if resume.complete:
             return _complete(cfg)
+        from_main(lambda: _open_repository(cfg, resume))
     if resume.folder is not None:
         cfg = _going_on(cfg, resume.folder)
     seed = 42 if cfg.train.seed is None else cfg.train.seed
@@ -136,6 +140,18 @@ def _going_on(cfg: Config, folder: Path) -> Config:
 def _complete(cfg: Config) -> TrainResult:
     console.success(f"The run in `{cfg.output.output_dir}` is complete: there is nothing left to train.")
     return TrainResult(0, True, None, {})
+
+
+def _open_repository(cfg: Config, resume: ResumePoint) -> None:
+    """Raises EnvironmentProblem where the Hub refuses; a run that has begun goes on, and uploads at its end."""
+    if not cfg.output.hub_model_id:
+        return
+    try:
+        open_repository(cfg.output)
+    except EnvironmentProblem as error:
+        if resume.folder is None:
+            raise
+        console.warn(error.problems[0].message)
 
 
 def _report(output_dir: Path) -> None:

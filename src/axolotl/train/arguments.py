@@ -73,9 +73,6 @@ TABLE: tuple[Row, ...] = (
     Row("ddp_bucket_cap_mb", ("ddp_bucket_cap_mb",)),
     Row("ddp_broadcast_buffers", ("ddp_broadcast_buffers",)),
     Row("ddp_find_unused_parameters", ("ddp_find_unused_parameters",)),
-    Row("hub_model_id", ("hub_model_id",)),
-    Row("hub_strategy", ("hub_strategy",)),
-    Row("hub_revision", ("hub_revision",)),
 )
 
 FIXED: dict[str, Any] = {
@@ -177,8 +174,6 @@ def build_arguments(
     when = cadence(cfg.train, volume.steps_per_epoch, volume.total_steps, has_eval_data=has_eval_data)
     values |= _course(cfg, volume, when, has_eval_data, resuming) | _machine(cfg, hardware)
     values["report_to"] = trackers(cfg.tracking) if world().is_main else []
-    if cfg.output.hub_model_id:
-        values |= {"push_to_hub": True, "hub_private_repo": True, "hub_always_push": True}
     values |= more or {}
     return arguments_class(**{k: v for k, v in values.items() if k in known}), when
 

@@ -55,6 +55,7 @@ from axolotl.train.streamed import StreamSource, stream_batches
 from axolotl.train.tracking import guarded, start_tracking
 from axolotl.train.trainer import CausalTrainer, Parts, TrainerMixin, token_loss
 from axolotl.train.watch import HangWatch, TimeLimit
+from axolotl.weights.publish import Uploads
 
 
 def attention_for(model: ModelSection, data: DataSection, hardware: Hardware) -> AttentionChoice:
@@ -174,6 +175,8 @@ def build_trainer(
         run_log.event(trainer.state.global_step, trainer.state.epoch, message)
 
     trainer.tell = tell
+    if cfg.output.hub_model_id and place.is_main:
+        parts.uploads = Uploads(cfg.output, tell)
     _probe(trainer, model, attention, parts, cfg)
     trackers = guarded(tracked, cfg.tracking, _facts(parts), tell)
     if trainer.saves_in_background:

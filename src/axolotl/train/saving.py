@@ -80,11 +80,6 @@ class Saving(_Base):
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # It uploads from the folder in the background, so the folder has to have its final name: see `_publish`.
-        if self._aside is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Saves aside and publishes when whole. A save that fails for want of room is told, and training goes on."""
         if self.saves_in_background:
@@ -258,9 +253,9 @@ class Saving(_Base):
         self.checkpoint_bytes = size_of(final)
         if parts.run and not (parts.output_dir / RUN).exists():
             write_json(parts.output_dir / RUN, parts.run)
+        if parts.uploads is not None:
+            parts.uploads.saved(final)
         rotate(parts.output_dir, parts.train.save_total_limit, state.best_model_checkpoint, final)
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(final))
 
     def rehearse(self) -> None:
         """Writes once all that a checkpoint holds, and removes it. Raises CheckpointError where that does not work.

@@ -24,6 +24,7 @@ from axolotl.distributed.failure import launch_name
 from axolotl.distributed.group import from_main
 from axolotl.distributed.world import keep_freed_memory, world
 from axolotl.errors import CheckpointError, EnvironmentProblem, Problem
+from axolotl.model.files import could_be_hub_id, local_folder
 from axolotl.model.load import ready_to_serve
 from axolotl.train.build import build_trainer, config_digest, has_to_evaluate
 from axolotl.train.callbacks import Signals
@@ -43,6 +44,7 @@ from axolotl.train.saving import is_disk_trouble, persistently
 from axolotl.train.tracking import Guarded
 from axolotl.train.trainer import Interrupted, Parts
 from axolotl.train.watch import HangWatch, TimeLimit
+from axolotl.weights.publish import publish_or_tell
 
 __all__ = ["ResumePoint", "TrainResult", "build_trainer", "resume_point", "seed_everything", "train"]
 
@@ -206,6 +208,8 @@ def _train(trainer: Trainer, cfg: Config, resume: Path | None) -> TrainResult:
     finally:
         _callback(trainer, HangWatch).close()
         gc.unfreeze()
+        if parts.uploads is not None:
+            parts.uploads.close()
         parts.batches.close()
         _callback(trainer, ProgressLine).close()
         _callback(trainer, RunLog).close()
@@ -281,6 +285,9 @@ def _finish(
 
         _written(record, "The record of the run", output_dir, 4)
         _summary(trainer, cfg, loss, time.monotonic() - started)
+        if cfg.output.hub_model_id:
+            words = cfg.words("resume_from_checkpoint", "auto_resume_from_checkpoints")
+            publish_or_tell(output_dir, cfg.output, shlex.join(["axolotl", "publish", *words]))
     return TrainResult(trainer.state.global_step, True, loss, metrics)
 
 
@@ -340,7 +347,11 @@ def _write_final(trainer: Trainer, cfg: Config, output_dir: Path) -> None:
 
 def model_card(trainer: Trainer, cfg: Config) -> str:
     """A short README: what was trained, on what, and how it can be made again."""
-    base, volume = cfg.model.base_model, trainer.parts.volume  # type: ignore[attr-defined]
+    base, volume = str(cfg.model.base_model), trainer.parts.volume  # type: ignore[attr-defined]
+    # The Hub refuses a card whose base is no repository, and a folder's name says nothing elsewhere.
+    public = local_folder(base) is None and could_be_hub_id(base)
+    of = f"base_model: {base}\n" if public else ""
+    base = base if public else Path(base).name
     kind = cfg.adapter.adapter
     data = (
         ", ".join(f"`{without_secrets(str(entry.path))}`" for _, entry, _ in streamed_entries(cfg.data))
@@ -356,7 +367,7 @@ def model_card(trainer: Trainer, cfg: Config) -> str:
         else "A fine-tuned"
     )
     return (
-        f"---\nlibrary_name: {library}\nbase_model: {base}\ntags:\n- axolotl\n- generated_from_trainer\n---\n\n"
+        f"---\nlibrary_name: {library}\n{of}tags:\n- axolotl\n- generated_from_trainer\n---\n\n"
         f"# {Path(cfg.output.output_dir).name}\n\n"
         f"{what} `{base}`, trained with axolotl.\n\n"
         f"- data: {data}\n- steps: {trainer.state.global_step}, {extent}\n"

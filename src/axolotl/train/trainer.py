@@ -38,6 +38,7 @@ from axolotl.train.checkpoint import RunState
 from axolotl.train.saving import Saving
 from axolotl.train.steps import Clock, Steps
 from axolotl.train.streamed import Numbers, StreamSource
+from axolotl.weights.publish import Uploads
 
 # The mixin goes in front of trainers of several packages; for a type checker it is in front of this one.
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ class Parts:
     """What the config asks for, as plain data without secrets; saved with each checkpoint."""
     run: dict[str, Any] = field(default_factory=dict)
     """What run.json holds while the run goes on."""
+    uploads: Uploads | None = None
+    """What uploads checkpoints; None without `hub_model_id`, and on all ranks but the first."""
 
 
 class TrainerMixin(Saving, Steps, _Base):

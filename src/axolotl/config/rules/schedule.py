@@ -281,11 +281,13 @@ def the_best_needs_evaluation(cfg: Config) -> Iterator[Problem]:
 def uploads_follow_saving(cfg: Config) -> Iterator[Problem]:
     """What is not saved is not uploaded."""
     output = cfg.output
-    if output.hub_model_id and cfg.train.save_strategy not in (None, "steps", "epoch"):
+    strategy = output.hub_strategy
+    if output.hub_model_id and strategy not in (None, "end") and cfg.train.save_strategy == "no":
         yield warning(
-            f"With `save_strategy: {cfg.train.save_strategy}`, `hub_model_id` gets the finished weights only.",
-            "",
-            "hub_model_id",
+            f"`hub_strategy: {strategy}` uploads checkpoints, and `save_strategy: no` saves none: "
+            "`hub_model_id` gets the finished weights only.",
+            "Delete one of them.",
+            "hub_strategy",
             "save_strategy",
         )
     for key in ("hub_strategy", "hub_revision"):
