@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,18 @@ def test_a_merged_model_is_taken_alone(tmp_path: Path, capsys: pytest.CaptureFix
     assert "is used alone" in capsys.readouterr().err
 
 
+def test_an_adapter_of_another_base_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    named = LORA.model_copy(update={"lora_model_dir": str(save_adapter(tmp_path / "a"))})
+    other = ModelSection(base_model=str(Path(LLAMA).with_name("tiny-chatml")))
+    with pytest.raises(ModelError, match="one is a `llama` model, the other a `qwen2` model"):
+        find_trained(other, named, tmp_path)
+    twin = shutil.copytree(LLAMA, tmp_path / "twin")
+    assert find_trained(ModelSection(base_model=str(twin)), named, tmp_path).adapter == tmp_path / "a"
+    assert f"was trained on `{LLAMA}`, not on `{twin}`" in capsys.readouterr().err.replace("\n", " ")
+    find_trained(BASE, named, tmp_path)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_fully_trained_model_is_loaded_instead_of_the_base(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(BASE)
     model = load_model(BASE, AdapterSection(), tokenizer, CPU, training=True)
@@ -153,6 +166,10 @@ def test_trained_and_untrained_adapters(tmp_path: Path, capsys: pytest.CaptureFi
         load_trained(BASE, LORA, DataSection(), CPU, fresh, require_training=True)
     with pytest.raises(ModelError, match="there is no trained adapter"):
         load_trained(BASE, LORA, DataSection(), CPU, tmp_path / "nothing", require_training=True)
+    with pytest.raises(ModelError, match="holds no trained weights"):
+        load_trained(BASE, AdapterSection(), DataSection(), CPU, tmp_path / "nothing", require_training=True)
+    bare = load_trained(BASE, LORA, DataSection(), CPU, good, untrained=True)
+    assert torch.equal(bare.model(ids).logits, base(ids).logits)
     capsys.readouterr()
     load_trained(BASE, LORA, DataSection(), CPU, tmp_path / "nothing")
     assert "The base model answers alone" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from axolotl.errors import ModelError, Problem
 from axolotl.inference.generate import Stops, find_stops
 from axolotl.inference.prompting import Prompter
 from axolotl.model.adapter import load_adapter
-from axolotl.model.adapter_files import adapter_folder, is_untrained
+from axolotl.model.adapter_files import adapter_folder, is_untrained, same_base, tell_other_base
 from axolotl.model.files import (
     ADAPTER_CONFIG,
     WEIGHTS,
@@ -52,6 +52,8 @@ class Trained:
 
     adapter: Path | None = None
     model: Path | None = None
+    alone: bool = False
+    """The base model is meant as it is: it is another than the adapter's, such as a merged one."""
 
 
 def find_trained(model: ModelSection, adapter: AdapterSection, output_dir: str | Path) -> Trained:
@@ -64,7 +66,9 @@ def find_trained(model: ModelSection, adapter: AdapterSection, output_dir: str |
     if problems:
         raise ModelError(problems)
     if adapter.lora_model_dir:
-        return Trained(adapter=adapter_folder(adapter.lora_model_dir))
+        named = adapter_folder(adapter.lora_model_dir)
+        tell_other_base(named, model.base_model)
+        return Trained(adapter=named)
     output = Path(output_dir).expanduser()
     checkpoints = sorted(
         (p for p in output.glob("checkpoint-*") if _CHECKPOINT.search(p.name)),
@@ -74,23 +78,16 @@ def find_trained(model: ModelSection, adapter: AdapterSection, output_dir: str |
     for folder in (output, *checkpoints):
         if (folder / ADAPTER_CONFIG).is_file():
             recorded = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-            if recorded and not _same_base(recorded, model.base_model):
+            if recorded and not same_base(recorded, model.base_model):
                 note(
                     f"`{model.base_model}` is used alone: the adapter in `{folder}` belongs to `{recorded}`."
                 )
-                return Trained()
+                return Trained(alone=True)
             return Trained(adapter=folder)
         whole = any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
         if adapter.adapter is None and whole and (folder / "config.json").is_file():
             return Trained(model=folder)
     return Trained()
-
-
-def _same_base(recorded: str, wanted: str) -> bool:
-    a, b = local_folder(recorded), local_folder(wanted)
-    if a is not None and b is not None:
-        return a.resolve() == b.resolve()
-    return recorded == wanted or (a is None and b is not None and Path(recorded).name == b.name)
 
 
 def load_trained(
@@ -102,14 +99,16 @@ def load_trained(
     *,
     attn_implementation: str | None = None,
     require_training: bool = False,
+    untrained: bool = False,
 ) -> Loaded:
     """The trained model of a config, ready to answer.
 
-    `require_training`: without trained weights this is an error, and so is an adapter that was never trained. Raises
-    ModelError for whatever cannot be found or does not fit together.
+    `require_training`: without trained weights this is an error, and so is an adapter that was never trained.
+    `untrained`: the base model is meant, whatever was trained. Raises ModelError for whatever cannot be found or does
+    not fit together.
     """
-    trained = find_trained(model, adapter, output_dir)
-    if trained.adapter is None and trained.model is None:
+    trained = Trained(alone=True) if untrained else find_trained(model, adapter, output_dir)
+    if trained == Trained():
         _say_untrained(model, adapter, output_dir, require_training)
     if trained.model is not None:
         model = model.model_copy(
@@ -154,12 +153,22 @@ def _say_untrained(
         if refuse:
             raise ModelError(
                 Problem(
-                    message, "Train first, or name the adapter: --lora-model-dir DIR.", "model", ("adapter",)
+                    message,
+                    "Train first, or name the adapter: --lora-model-dir DIR. `--untrained` evaluates the base model.",
+                    "model",
+                    ("adapter",),
                 )
             )
         warn(f"{message} The base model answers alone.")
-    elif refuse and adapter.adapter is None:
-        note(f"`{output_dir}` holds no trained weights: `{model.base_model}` is taken as it is.")
+    elif refuse and adapter.adapter is None and not _is_other_model(model, output_dir):
+        raise ModelError(
+            Problem(
+                f"`output_dir: {output_dir}` holds no trained weights.",
+                "Train first, or name the model: --base-model DIR. `--untrained` evaluates the base model.",
+                "model",
+                ("output_dir",),
+            )
+        )
 
 
 def _is_other_model(model: ModelSection, output_dir: str | Path) -> bool:

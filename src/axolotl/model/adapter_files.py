@@ -15,8 +15,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from axolotl.console import note
-from axolotl.errors import ModelError
+from axolotl.console import note, warn
+from axolotl.errors import ModelError, Problem
 from axolotl.model.embeddings import embedding_rows
 from axolotl.model.files import (
     ADAPTER_CONFIG,
@@ -198,3 +198,39 @@ def is_untrained(folder: Path) -> bool:
         return False
     with safe_open(str(file), framework="pt") as tensors:
         return not any(bool(tensors.get_tensor(n).any()) for n in trained)
+
+
+def tell_other_base(folder: Path, base_model: str) -> None:
+    """Warns where an adapter was trained on another base than the one it shall work on; raises ModelError where the
+    two are of different architectures, though all shapes may fit."""
+    recorded = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not recorded or same_base(recorded, base_model):
+        return
+    message = f"The adapter in `{folder}` was trained on `{recorded}`, not on `{base_model}`"
+    kinds = [_architecture(name) for name in (recorded, base_model)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        raise ModelError(
+            Problem(
+                f"{message}: one is a `{kinds[0]}` model, the other a `{kinds[1]}` model.",
+                "Name the base model that it was trained on, or another adapter.",
+                "model",
+                ("lora_model_dir", "base_model"),
+                code="AX1202",
+            )
+        )
+    warn(f"{message}. That is right only where both are the same model under two names.")
+
+
+def _architecture(name: str) -> str | None:
+    folder = local_folder(name)
+    if folder is None or not (folder / "config.json").is_file():
+        return None
+    return str(read_json(folder / "config.json").get("model_type"))
+
+
+def same_base(recorded: str, wanted: str) -> bool:
+    """Whether two names mean the same base model, as far as names and folders tell."""
+    a, b = local_folder(recorded), local_folder(wanted)
+    if a is not None and b is not None:
+        return a.resolve() == b.resolve()
+    return recorded == wanted or (a is None and b is not None and Path(recorded).name == b.name)

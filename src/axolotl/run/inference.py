@@ -41,6 +41,14 @@ def inference(
         raise ConfigError(
             "`--input` and `--output` go together.", "Name both: --input ROWS.jsonl --output OUT.jsonl"
         )
+    ways = {"--chat": chat, "--gradio": gradio, "--input": input_file is not None}
+    ways |= {"--prompt": prompt is not None, "--prompt-file": prompt_file is not None}
+    given = [flag for flag, on in ways.items() if on]
+    if len(given) > 1:
+        raise ConfigError(
+            f"`{given[0]}` and `{given[1]}` are two ways to ask: only one can be had at a time.",
+            "Leave one of them out.",
+        )
     alone = not (chat or gradio or input_file)
     question = read_question(prompt, prompt_file) if alone else None
     loaded = load_trained(cfg.model, cfg.adapter, cfg.data, hardware, cfg.output.output_dir)

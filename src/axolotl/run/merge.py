@@ -25,6 +25,12 @@ def merge(cfg: Config, *, destination: Path | None = None, base: str = "full") -
     """Merges the trained adapter and writes `{output_dir}/merged`. Raises ModelError where there is none."""
     cfg = ready(cfg, detect_hardware())
     found = find_trained(cfg.model, cfg.adapter, cfg.output.output_dir)
+    if found.alone:
+        raise ModelError(
+            f"`{cfg.model.base_model}` is not the base of the adapter in `{cfg.output.output_dir}`.",
+            "Leave `base_model` as it was in training, or name another adapter: --lora-model-dir DIR.",
+            cfg.place("base_model"),
+        )
     if found.adapter is None:
         raise ModelError(
             f"there is no trained adapter in `{cfg.output.output_dir}`.",

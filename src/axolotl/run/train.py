@@ -13,6 +13,7 @@ from axolotl.distributed.group import from_main, start_group
 from axolotl.distributed.world import detect_hardware, only_repeatable_kernels, world
 from axolotl.errors import EnvironmentProblem, UserError
 from axolotl.model.adapter import add_adapter
+from axolotl.model.adapter_files import tell_other_base
 from axolotl.model.attention import missing_backend
 from axolotl.model.load import load_model
 from axolotl.model.tokenizer import new_token_ids
@@ -56,6 +57,8 @@ def train(cfg: Config) -> TrainResult:
         _open_repository(cfg, resume)
     before = Path(cfg.adapter.lora_model_dir) if cfg.adapter.lora_model_dir else None
     with console.silenced(started_by_us()):
+        if before is not None:
+            tell_other_base(before, cfg.model.base_model)
         tokenizer = tokenizer_of(cfg, before)
         with within_ram("while the data is prepared"):
             rows, held_out = training_data(cfg, tokenizer)
