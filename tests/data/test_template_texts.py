@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from axolotl.data.templates import FOLDER, load_template, render_chat_template, template_names
 from axolotl.data.types import Conversation, Message
+from axolotl.errors import DataError
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens" / "templates"
 RENDERED: dict[str, dict[str, Any]] = json.loads((GOLDENS / "rendered.json").read_text(encoding="utf-8"))
@@ -55,7 +56,7 @@ TOOLS = [
 
 def render(name: str, messages: list[dict[str, Any]], **variables: Any) -> str:
     given_ = {"bos_token": "<s>", "eos_token": "</s>", "date_string": "26 Jul 2024", **variables}
-    return render_chat_template(name, messages, **given_)
+    return load_template(name).render(messages, **given_)
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -421,3 +422,11 @@ def test_mistral_v7_tells_the_date_of_today() -> None:
     text = render("mistral_v7_tekken", [user("a"), assistant("b")])
     assert any(f"The current date is {d.isoformat()}.\n\n" in text for d in (before, date.today()))
     assert text.endswith("[/SYSTEM_PROMPT][INST]a[/INST]b</s>")
+
+
+@pytest.mark.parametrize(
+    "messages", [[{"role": "assistant", "content": "a"}], [{"role": "user"}, {"role": "user"}]]
+)
+def test_what_a_template_refuses_is_told_in_our_words(messages: list[dict[str, Any]]) -> None:
+    with pytest.raises(DataError, match="`mistral_v1` does not render"):
+        render_chat_template("mistral_v1", messages)

@@ -142,3 +142,41 @@ def test_rows_longer_than_the_model_was_made_for_are_told(config, more: str, tol
     )
     cfg = load_config(config(f"sequence_len: {longest}"))
     assert not [p for p in problems_beforehand(cfg, CPU, data=False) if "max_position" in p.message]
+
+
+def chat(config, rows: list[object], entry: str = "", more: str = "chat_template: llama3") -> list[Problem]:
+    Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    datasets = f"datasets: [{{path: chat.jsonl, type: chat_template{entry}}}]"
+    return list(check(load_config(config(f"{datasets}\n{more}"))))
+
+
+TURNS = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "yes"}]
+
+
+def test_check_looks_at_the_first_rows(config) -> None:
+    good = {"messages": TURNS}
+    assert not chat(config, [good] * 9)
+    nothing = {"messages": [TURNS[0], {"role": "assistant", "content": None}]}
+    [problem] = fatal(chat(config, [good, nothing]))
+    assert problem.places[0].line == 2
+    [problem] = fatal(chat(config, [good], ", message_property_mappings: {role: frm}"))
+    assert "frm" in problem.message
+    jinja = "chat_template: jinja\nchat_template_jinja: '{% for m in messages %}{{ m.contnt }}{% endfor %}'"
+    [problem] = fatal(chat(config, [good], more=jinja))
+    assert "writes nothing" in problem.message
+    [problem] = chat(config, [good] * 3, ", roles_to_train: [tool]")
+    assert (problem.kind, "first 3 rows" in problem.message) == ("warning", True)
+
+
+@pytest.mark.parametrize(
+    ("entry", "remedy"),
+    [
+        ("type: completion, field: txt", "`field: text`"),
+        ("type: completion, field: xyz", "`field: text`"),
+        ("type: chat_template, ds_type: csv", "`ds_type: json`"),
+    ],
+)
+def test_the_remedy_is_the_option_that_is_wrong(config, entry: str, remedy: str) -> None:
+    Path("text.jsonl").write_text('{"text": "a red fox"}\n')
+    [problem] = fatal(check(load_config(config(f"datasets: [{{path: text.jsonl, {entry}}}]"))))
+    assert remedy in problem.remedy

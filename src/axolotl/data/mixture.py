@@ -83,7 +83,7 @@ def held_out(rows: int, val_set_size: float) -> int:
         return 0
     count = int(val_set_size) if val_set_size > 1 else math.ceil(val_set_size * rows)
     if count >= rows:
-        message = f"`val_set_size` {val_set_size:g} would hold out {count:,} of {rows:,} rows"
+        message = f"`val_set_size` {int(val_set_size) if val_set_size > 1 else val_set_size:,} would hold out {count:,} of {rows:,} rows"
         raise DataError(
             Problem(
                 f"{message} and leave nothing to train on.",

@@ -70,7 +70,7 @@ def open_tasks(
             format_ = resolve_format(entry, columns, section, places(f"{key}.type"))
             renderer = build_renderer(facts, section, entry)
             unfit = check_fields(format_, columns, entry, places(key))
-            problems += [unfit] if unfit else [_of_entry(p, entry, key, places) for p in renderer.problems()]
+            problems += [unfit] if unfit else [of_entry(p, entry, key, places) for p in renderer.problems()]
         except UserError as error:
             here = (places(key),)
             problems += [p if p.places or p.keys else replace(p, places=here) for p in error.problems]
@@ -94,7 +94,7 @@ def open_tasks(
     return tasks
 
 
-def _of_entry(problem: Problem, entry: DatasetEntry, key: str, places: Callable[[str], Place]) -> Problem:
+def of_entry(problem: Problem, entry: DatasetEntry, key: str, places: Callable[[str], Place]) -> Problem:
     """A problem of a dataset with the place of the option that the dataset itself sets."""
     own = next((k for k in problem.keys if k in entry.model_fields_set), None)
     if own is None or problem.places:

@@ -387,7 +387,15 @@ def render_chat_template(
     """Renders a conversation with a bundled chat template, as training and inference do.
 
     `messages` and `tools` are in the OpenAI schema; further variables (bos_token, eos_token, enable_thinking, …) are
-    handed to the template. Raises DataError for an unknown name and jinja2.TemplateError where the template refuses.
+    handed to the template. Raises DataError for an unknown name and where the template refuses or fails.
     """
     template = load_template(name)
-    return template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
+    try:
+        return template.render(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
+        )
+    except Exception as error:  # a template is a program of its own, and may fail in any way
+        raise DataError(
+            f"the chat template `{name}` does not render the conversation: {_in_words(error)}.",
+            "Correct the messages: a role may be out of turn, or a field that the template reads may be missing.",
+        ) from error

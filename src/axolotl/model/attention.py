@@ -9,6 +9,7 @@ Shapes: B batch, H heads, G key/value heads, T tokens, D width of a head.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.util
 import itertools
@@ -75,7 +76,13 @@ def choose_attention(model: ModelSection, packing: bool, hardware: Hardware) -> 
         return AttentionChoice(name, "packed rows" if packing else "the default", packing)
     backend = _OURS if "/" in asked else BACKENDS.get(asked)
     if backend is None:
-        remedy = f"Known: {', '.join(sorted(set(BACKENDS) - {PACKED}))}."
+        near = (
+            "flash_attention_2"
+            if asked.startswith("flash")
+            else next(iter(difflib.get_close_matches(asked, BACKENDS, n=1)), "")
+        )
+        remedy = f"Did you mean `{near}`? " if near else ""
+        remedy += f"Known: {', '.join(sorted(set(BACKENDS) - {PACKED}))}."
         raise ConfigError(_problem(f"`attn_implementation: {asked}` is not available.", remedy))
     if backend.cuda_only and hardware.device != "cuda":
         message = f"`attn_implementation: {asked}` needs a GPU: {backend.cuda_only}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -55,16 +56,44 @@ def check_fields(
     missing = missing_fields(format.required_fields, columns)
     if not missing:
         return None
+    if (
+        (entry.ds_type or "").lower() in ("csv", "tsv")
+        and columns
+        and columns[0].lstrip().startswith(("{", "["))
+    ):
+        return Problem(
+            f"`ds_type: {entry.ds_type}` reads `{entry.path}` as a table, and its first line is JSON.",
+            "Write `ds_type: json`, or remove `ds_type`.",
+            "data",
+            places=(place,) if place else (),
+            code="AX1102",
+        )
     wanted = ", ".join(f"`{f.replace('|', '` or `')}`" for f in missing)
     where = f"`{entry.path}`" if entry.path else "the dataset"
     found = ", ".join(f"`{c}`" for c in columns) or "no columns"
     return Problem(
         f"the type `{format.name}` needs {wanted}, which the rows of {where} do not have. Found: {found}.",
-        suggestion(columns, entry) or "Name the columns with a mapping under `type:`, or change the data.",
+        _renamed(format, missing, columns, entry)
+        or suggestion(columns, entry)
+        or "Name the columns with a mapping under `type:`, or change the data.",
         "data",
         places=(place,) if place else (),
         code="AX1102",
     )
+
+
+def _renamed(format: Format, missing: list[str], columns: Iterable[str], entry: DatasetEntry) -> str:
+    """The option that names a missing column, with a column that is there: one spelt alike, else the format's usual one."""
+    have = list(columns)
+    usual = formats.describe(format.name).facts.get("requires", []) if format.name in formats else []
+    for option in type(entry).model_fields:
+        named = getattr(entry, option)
+        if not option.startswith("field") or named not in missing:
+            continue
+        near = difflib.get_close_matches(named, have, n=1) or [column for column in usual if column in have]
+        if near:
+            return f"Write `{option}: {near[0]}`."
+    return ""
 
 
 def suggestion(columns: Iterable[str], entry: DatasetEntry | None = None) -> str:
