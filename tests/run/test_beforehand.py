@@ -71,6 +71,8 @@ WRONG = [
     ("tokenizer_config: ./nope", "tokenizer_config"),
     ("tokenizer_type: Foo", "tokenizer_type"),
     ("model_type: Bar", "model_type"),
+    ("device: cuda", "device"),
+    ("device: cpuu", "device"),
     ("resume_from_checkpoint: nope", "resume_from_checkpoint"),
     ("dataset_prepared_path: /proc/prepared", "dataset_prepared_path"),
     ("output_dir: /proc/out", "output_dir"),

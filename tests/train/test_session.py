@@ -246,8 +246,9 @@ def test_a_checkpoint_on_request(trainer, tmp_path):
     assert [p.name for p in (tmp_path / "out").glob("*checkpoint*")] == ["checkpoint-2"]
 
 
-def test_the_profiler_writes_a_trace(trainer, tmp_path):
-    run = trainer(tiny_model(), rows(8), profiler_steps=1, profiler_steps_start=1, gc_collect_steps=-1)
+@pytest.mark.parametrize("steps", [1, 99], ids=["some steps", "more than there are"])
+def test_the_profiler_writes_a_trace(trainer, tmp_path, steps):
+    run = trainer(tiny_model(), rows(8), profiler_steps=steps, profiler_steps_start=1, gc_collect_steps=-1)
     train(run, run.cfg)
     assert json.loads((tmp_path / "out" / "profile.json").read_text())["traceEvents"]
 

@@ -193,9 +193,34 @@ def _no_class(name: str) -> Problem:
 
 def check(model: ModelSection) -> list[Problem]:
     """What is wrong with the model's class, as far as it can be seen without its files."""
-    name = model.model_type
+    name, device = model.model_type, model.device
     wrong = name and name not in dir(transformers) and not model.trust_remote_code
-    return [_no_class(name)] if name and wrong else []
+    problems = [_no_class(name)] if name and wrong else []
+    if device is not None and (why := _no_device(str(device))):
+        problems.append(
+            Problem(
+                f"`device: {device}` {why}.",
+                "Delete the line: the best device is found by itself.",
+                keys=("device",),
+            )
+        )
+    return problems
+
+
+def _no_device(name: str) -> str:
+    """Why weights cannot go to a device on this machine; empty where they can."""
+    try:
+        kind = torch.device(int(name) if name.isdigit() else name)
+    except (RuntimeError, ValueError):
+        return "is no device of PyTorch"
+    if kind.type == "cuda":
+        here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not here:
+            return "needs an NVIDIA GPU, and there is none here"
+        return f"is not among the {here} GPUs here" if (kind.index or 0) >= here else ""
+    if kind.type == "mps" and not torch.backends.mps.is_available():
+        return "needs an Apple GPU, and there is none here"
+    return ""
 
 
 def model_class(model: ModelSection, config: transformers.PretrainedConfig) -> Any:

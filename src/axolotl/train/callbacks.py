@@ -157,11 +157,20 @@ class Profile(TrainerCallback):
             self.profiler.start()
 
     def on_step_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
-        if self.profiler is not None and state.global_step >= self.first + self.steps:
-            self.profiler.stop()
-            self.profiler.export_chrome_trace(str(self.file))
-            self.profiler, self.steps = None, 0
-            note(f"Profile of the steps up to {state.global_step}: {self.file}")
+        if state.global_step >= self.first + self.steps:
+            self._end(state)
+
+    def on_train_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+        # A profiler that is still running when the process ends crashes it.
+        self._end(state)
+
+    def _end(self, state: State) -> None:
+        if self.profiler is None:
+            return
+        self.profiler.stop()
+        self.profiler.export_chrome_trace(str(self.file))
+        self.profiler, self.steps = None, 0
+        note(f"Profile of the steps up to {state.global_step}: {self.file}")
 
 
 class Signals(TrainerCallback):
