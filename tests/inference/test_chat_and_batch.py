@@ -149,6 +149,17 @@ def test_a_batch_goes_on_where_it_stopped(loaded: Loaded, tmp_path: Path) -> Non
     assert 0 < run_batch(loaded, source, target, sampling, batch_size=2) < 5
     assert target.read_text() == whole
     assert run_batch(loaded, source, target, sampling) == 0
+    with pytest.raises(DataError, match="holds answers of something else: sampling"):
+        run_batch(loaded, source, target, Sampling(max_new_tokens=3, temperature=0.5))
+    weight = next(loaded.model.parameters())
+    weight.data += 1
+    with pytest.raises(DataError, match="something else: weights"):
+        run_batch(loaded, source, target, sampling)
+    weight.data -= 1
+    questions = source.read_text()
+    source.write_text(questions.replace(questions.splitlines()[0], '{"prompt": "another question"}', 1))
+    with pytest.raises(DataError, match=r"something else: .*rows 1"):
+        run_batch(loaded, source, target, sampling)
 
 
 def test_rows_in_the_form_of_the_training_data(loaded: Loaded, tmp_path: Path) -> None:
