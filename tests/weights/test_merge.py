@@ -25,7 +25,7 @@ from axolotl.model.load import load_model
 from axolotl.model.tokenizer import load_tokenizer, new_token_ids
 from axolotl.weights import merge as merging
 from axolotl.weights import verify
-from axolotl.weights.merge import merge
+from axolotl.weights.merge import bytes_to_write, merge
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 LLAMA, CHATML = str(FIXTURES / "tiny-llama3"), str(FIXTURES / "tiny-chatml")
@@ -309,6 +309,18 @@ def test_a_disk_that_is_too_small_is_told_before_starting(
     ):
         merge(section(LLAMA), lora(), folder, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_the_size_told_is_that_of_unpacked_weights(tmp_path: Path) -> None:
+    tensors = {
+        "w": torch.zeros(64, 32).to(torch.float8_e4m3fn),
+        "experts_blocks": torch.zeros(8, 16, dtype=torch.uint8),
+        "experts_scales": torch.zeros(8, dtype=torch.uint8),
+        "norm": torch.zeros(32, dtype=torch.bfloat16),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert bytes_to_write(tmp_path, unpacked=True) == 2 * 64 * 32 + 4 * 8 * 16 + 8 + 2 * 32
+    assert bytes_to_write(tmp_path, unpacked=False) == (tmp_path / "model.safetensors").stat().st_size
 
 
 def test_what_does_not_belong_together(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def merge(
     refuse_destination(destination, job.folder, adapter_dir)
     if is_untrained(adapter_dir):
         warn(f"The adapter `{adapter_dir}` was never trained: merging it changes nothing.")
-    need = _bytes_of(job.folder)
+    need = bytes_to_write(job.folder, unpacked=job.unpacking is not None)
     need_space(destination, int(need * 1.02) + 2**25, "The merged model")
     note(
         f"Merging `{adapter_dir}` into `{model.base_model}`: {gigabytes(need)} will be written to `{destination}`."
@@ -232,9 +232,18 @@ def _prepare(
     return _Job(model, adapter, folder, adapter_dir, peft_config, config, tokenizer, rows, base, plain)
 
 
-def _bytes_of(folder: Path) -> int:
-    files = list(folder.glob("*.safetensors")) or list(folder.glob("*.bin"))
-    return sum(f.stat().st_size for f in files)
+def bytes_to_write(folder: Path, *, unpacked: bool) -> int:
+    """Bytes of a model's weights as a merge writes them; `unpacked`: fp8 and mxfp4 numbers become 16 bits wide."""
+    files = list(folder.glob("*.safetensors"))
+    if not unpacked or not files:
+        return sum(f.stat().st_size for f in files or folder.glob("*.bin"))
+    total = 0
+    for shard in read_weight_files(folder).shards.values():
+        for name, entry in shard.items():
+            packed_pairs = entry.dtype == "U8" and not name.endswith("_scales")
+            growth = 4 if packed_pairs else 2 if entry.dtype.startswith("F8_E") else 1
+            total += growth * entry.nbytes
+    return total
 
 
 def _layer_by_layer(job: _Job, part: Path, check: bool) -> Written:
