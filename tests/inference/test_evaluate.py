@@ -132,6 +132,14 @@ def test_a_merged_model_is_taken_alone(tmp_path: Path, capsys: pytest.CaptureFix
     assert "is used alone" in capsys.readouterr().err
 
 
+def test_a_device_that_is_not_here_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="`device: cpuu` is no device of PyTorch") as told:
+        load_trained(
+            BASE.model_copy(update={"device": "cpuu"}), LORA, DataSection(), CPU, tmp_path, untrained=True
+        )
+    assert told.value.problems[0].keys == ("device",)
+
+
 def test_an_adapter_of_another_base_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     named = LORA.model_copy(update={"lora_model_dir": str(save_adapter(tmp_path / "a"))})
     other = ModelSection(base_model=str(Path(LLAMA).with_name("tiny-chatml")))

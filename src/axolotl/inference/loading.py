@@ -23,7 +23,7 @@ from axolotl.model.files import (
     local_folder,
     read_json,
 )
-from axolotl.model.load import load_model, stop_ids
+from axolotl.model.load import check, load_model, stop_ids
 from axolotl.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ def load_trained(
     `untrained`: the base model is meant, whatever was trained. Raises ModelError for whatever cannot be found or does
     not fit together.
     """
+    if problems := check(model):
+        raise ModelError(problems)
     trained = Trained(alone=True) if untrained else find_trained(model, adapter, output_dir)
     if trained == Trained():
         _say_untrained(model, adapter, output_dir, require_training)
