@@ -37,9 +37,9 @@ FIRST_ROWS = 5
 def problems_beforehand(
     cfg: Config, hardware: Hardware, *, data: bool, processes: int | None = None
 ) -> list[Problem]:
-    """All mistakes of config, files and machine that show without a model or a row being read.
+    """All mistakes of config, files and machine that show before a model is loaded and before data is prepared.
 
-    `data`: open the datasets as well, and look at their columns. A run does that anyway when it prepares them; it asks
+    `data`: open the datasets as well, and look at their columns and first rows. A run does that anyway when it prepares them; it asks
     for it here where something else is wrong already, so that everything is told at once. `processes`: how many the run
     will have, where they do not run yet.
     """
