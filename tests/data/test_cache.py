@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from axolotl.data import cache
 from axolotl.data.prepare import prepare
@@ -116,6 +118,37 @@ def test_another_tokenizer_is_noticed(
         other.add_special_tokens(change)
         assert not prepare(section(data_file, folder=tmp_path / "p"), other).reused
         assert "the tokenizer changed" in capfd.readouterr().err
+
+
+def test_the_tokenizer_that_training_saves_finds_the_same_data(tmp_path: Path, data_file: Path) -> None:
+    """Training writes the template of the data onto it, and libraries leave their padding and truncation behind."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    tokenizer = llama3()
+    tokenizer.pad_token = "<|finetune_right_pad_id|>"
+    chats = write_rows(tmp_path / "chat.jsonl", [{"messages": messages}] * 3)
+    entries = [{"path": str(data_file), "type": "alpaca"}, {"path": str(chats), "type": "chat_template"}]
+    options: dict[str, Any] = {"datasets": entries, "chat_template": "llama3"}
+    prepare(section(folder=tmp_path / "p", **options), tokenizer)
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ messages }}"
+    other(["one", "one and two"], padding=True, truncation=True, max_length=2)
+    other.save_pretrained(tmp_path / "saved")
+    saved = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")
+    assert prepare(section(folder=tmp_path / "p", **options), saved).reused
+    assert prepare(section(folder=tmp_path / "p", **options), other).reused
+
+
+def test_the_tokenizers_own_template_counts_where_it_is_used(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    chats = write_rows(tmp_path / "chat.jsonl", [{"messages": messages}] * 3)
+    options: dict[str, Any] = {"datasets": [{"path": str(chats), "type": "chat_template"}]}
+    tokenizer = llama3()
+    prepare(section(folder=tmp_path / "p", **options), tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("trim", "upper")
+    assert not prepare(section(folder=tmp_path / "p", **options), tokenizer).reused
+    assert "preparing again: chat_template of datasets[0] changed" in capfd.readouterr().err
 
 
 def test_a_template_file_and_own_code_are_part_of_the_key(

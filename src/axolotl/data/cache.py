@@ -79,10 +79,16 @@ def digest(text: str | bytes) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """A hash of all of a tokenizer that decides tokens: vocabulary, processors, special tokens, its own template."""
-    special = {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())}
-    template = getattr(tokenizer, "chat_template", None)
-    return digest(tokenizer.backend_tokenizer.to_str() + json.dumps([special, template], sort_keys=True))
+    """A hash of all of a tokenizer that decides tokens: vocabulary, merges, processors, added and special tokens.
+
+    Its chat template is no part of it: training saves the tokenizer with the template of the data. The template that
+    lays out a dataset is a part of its own, where one does.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # what the last call asked for; rows are encoded without either
+    backend.no_padding()
+    special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    return digest(backend.to_str() + json.dumps(special, sort_keys=True))
 
 
 def option_parts(data: DataSection) -> dict[str, str]:

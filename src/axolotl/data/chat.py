@@ -24,23 +24,27 @@ _CONTROL_LIKE = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|<(?:start|end)_of_turn>
 
 def choose_template(tokenizer: Any, data: DataSection, entry: DatasetEntry | None = None) -> ChatTemplate:
     """The chat template of a dataset: its own, else the global one, else the tokenizer's."""
+    chosen, text = _named_template(data, entry)
+    return load_template(chosen, jinja=text, tokenizer_template=_template_of(tokenizer))
+
+
+def _named_template(data: DataSection, entry: DatasetEntry | None) -> tuple[str, str | None]:
+    """(name, Jinja text or file) of the template that a dataset asks for."""
     for owner in (entry, data):
         if owner is None:
             continue
         name, jinja = owner.chat_template, owner.chat_template_jinja
         if name or jinja:
             chosen = str(name or "jinja")
-            text = jinja or data.chat_template_jinja
             if jinja and chosen.startswith("tokenizer_default"):
                 chosen = "jinja"
-            break
-    else:
-        chosen, text = "tokenizer_default", None
-    return load_template(
-        chosen,
-        jinja=text,
-        tokenizer_template=_template_of(tokenizer),
-    )
+            return chosen, jinja or data.chat_template_jinja
+    return "tokenizer_default", None
+
+
+def takes_tokenizer_template(data: DataSection, entry: DatasetEntry) -> bool:
+    """Whether a dataset asks for the template that came with the tokenizer."""
+    return _named_template(data, entry)[0].startswith("tokenizer_default")
 
 
 def _template_of(tokenizer: Any) -> str | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axolotl import console
 from axolotl.config import Config, Hardware
-from axolotl.data.chat import choose_template
+from axolotl.data.chat import choose_template, takes_tokenizer_template
 from axolotl.data.prepare import prepare
 from axolotl.data.prepared import Prepared
 from axolotl.data.preview import preview
@@ -27,6 +28,8 @@ from axolotl.run.ready import ready, refuse, told_with_places
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from axolotl.config.data import DatasetEntry
 
 
 @told_with_places
@@ -74,7 +77,23 @@ def prepare_data(cfg: Config, tokenizer: Any) -> Prepared:
             "Name files under `test_datasets`.",
             cfg.place("pretraining_dataset" if cfg.data.pretraining_dataset else "streaming"),
         )
-    return prepare(data, tokenizer, seed=_seed(cfg), places=cfg.place)
+    return prepare(data, _as_in_training(cfg, tokenizer), seed=_seed(cfg), places=cfg.place)
+
+
+def _as_in_training(cfg: Config, tokenizer: Any) -> Any:
+    """The tokenizer with the template that came with the base model, where a dataset asks for that one and the saved
+    tokenizer carries another (`carry_template`)."""
+    entries = (*cfg.data.datasets, *cfg.data.test_datasets)
+    own = [takes_tokenizer_template(cfg.data, entry) for entry in entries]
+    carried = next((not o for entry, o in zip(entries, own, strict=True) if _is_chat(entry)), False)
+    if not carried or not any(own):
+        return tokenizer
+    template = load_tokenizer(cfg.model).chat_template
+    if template == tokenizer.chat_template:
+        return tokenizer
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 def training_data(cfg: Config, tokenizer: Any) -> tuple[Dataset | Stream, Dataset | None]:
@@ -108,7 +127,10 @@ def stop_tokens(cfg: Config, tokenizer: Any) -> Sequence[str]:
 
 def carry_template(cfg: Config, tokenizer: Any) -> None:
     """Writes the chat template of the training data onto the tokenizer, so that it is saved with the weights."""
-    for entry in cfg.data.datasets:
-        if isinstance(entry.type, str) and entry.type.startswith("chat_template"):
-            tokenizer.chat_template = choose_template(tokenizer, cfg.data, entry).text
-            return
+    entry = next(filter(_is_chat, cfg.data.datasets), None)
+    if entry is not None:
+        tokenizer.chat_template = choose_template(tokenizer, cfg.data, entry).text
+
+
+def _is_chat(entry: DatasetEntry) -> bool:
+    return isinstance(entry.type, str) and entry.type.startswith("chat_template")
