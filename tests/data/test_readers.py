@@ -100,6 +100,36 @@ def test_half_a_surrogate_pair(tmp_path: Path) -> None:
     assert "surrogate" in told.message
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "at"),
+    [
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a": 1, "b": {"c": 1, "d": 2, "c": 3}}\n{"a": 1, "a": 1}\n',
+            [(2, 32), (3, 10)],
+        ),
+        (
+            "a.json",
+            '[\n{"a": 1},\n{\n "a": 1,\n "b": [{"é": 1, "é": 2}]}, {"a": 3, "a": 3, "b": {"a": 3}}]\n',
+            [(5, 17), (5, None)],
+        ),
+        ("b.json", '{\n "data": [\n  {"a": 1,\n   "a": 2}\n ]\n}\n', [(4, 4)]),
+    ],
+)
+def test_a_key_that_stands_twice_in_an_object(
+    tmp_path: Path, name: str, content: str, at: list[tuple[int, int | None]]
+) -> None:
+    """The last value would be taken, and the other lost without a word."""
+    path = write(tmp_path / name, content)
+    told = problems(JsonLinesReader(path) if name.endswith("l") else JsonReader(path))
+    assert [where(p) for p in told] == at
+    assert all("stands twice in one object" in p.message for p in told)
+    for problem in told:
+        if problem.excerpt:
+            line, caret = problem.excerpt.split("\n")
+            assert line[caret.index("^")] == '"'
+
+
 def test_nesting_without_end(tmp_path: Path) -> None:
     (told,) = problems(JsonLinesReader(write(tmp_path / "a.jsonl", '{"a": ' + "[" * 200_000 + "\n")))
     assert where(told)[0] == 1

@@ -162,6 +162,14 @@ def test_a_batch_goes_on_where_it_stopped(loaded: Loaded, tmp_path: Path) -> Non
         run_batch(loaded, source, target, sampling)
 
 
+def test_line_separators_inside_of_a_text_end_no_row(loaded: Loaded, tmp_path: Path) -> None:
+    """JSON may hold U+2028 and U+0085 as they are; answers are written so."""
+    source, target = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "one\u2028two\u0085three"}\n', encoding="utf-8")
+    assert run_batch(loaded, source, target, Sampling(max_new_tokens=2)) == 1
+    assert run_batch(loaded, source, target, Sampling(max_new_tokens=2)) == 0
+
+
 def test_rows_in_the_form_of_the_training_data(loaded: Loaded, tmp_path: Path) -> None:
     source = tmp_path / "rows.jsonl"
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "left out"}]

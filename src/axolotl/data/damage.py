@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from axolotl.data.formats.columns import kind
+from axolotl.data.json_keys import second_place
 from axolotl.errors import DataError, Place, Problem
 
 MOST = 20
@@ -79,6 +80,24 @@ class Damage:
         """A row that is something else than an object."""
         which = f"row {number}" if number is not None else "the row"
         self.add(line, f"{which} is {kind(row)}, an object with named fields is expected", "")
+
+    def add_duplicates(self, keys: list[str], line: int | None, text: str) -> None:
+        """A row with keys that stand twice in one object. `text`: the row itself, which begins in that line."""
+        named = ", ".join(f"`{key}`" for key in dict.fromkeys(keys))
+        place = second_place(text, keys[0])
+        column = None
+        if place is not None and line is not None:
+            begun = text.rfind("\n", 0, place) + 1
+            line += text.count("\n", 0, place)
+            column = place - begun + 1
+            text = text[begun:].split("\n", 1)[0]
+        self.add(
+            line,
+            f"{named} stands twice in one object",
+            text if column else "",
+            "Remove one of them: which of the values is meant cannot be known.",
+            column,
+        )
 
     def raise_any(self) -> None:
         """Raises DataError with all that was found, if anything was."""

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from axolotl.data.damage import Damage
+from axolotl.data.json_keys import Decoder
 from axolotl.data.readers import LinesReader, Row
 
 
@@ -19,7 +20,8 @@ class JsonLinesReader(LinesReader):
     counts_quickly = True
 
     def rows(self, start: int = 0) -> Iterator[tuple[int, Row]]:
-        decode = json.JSONDecoder().decode
+        decoder = Decoder()
+        decode, twice = decoder.decode, decoder.twice
         damage = Damage(self.label)
         blank = offset = 0
         number = 0
@@ -42,6 +44,8 @@ class JsonLinesReader(LinesReader):
             else:
                 if type(row) is not dict:
                     damage.add_not_object(row, number)
+                elif twice:
+                    damage.add_duplicates(twice, number, raw.decode())
                 elif (b"\\ud" in raw or b"\\uD" in raw) and not _encodable(row):
                     damage.add(
                         number, "half of a surrogate pair stands alone in a text (`\\ud8..`)", raw.decode()
@@ -114,8 +118,9 @@ class JsonReader(LinesReader):
         while text.grow():
             pass
         content, whole = text.buffer, None
+        decoder = Decoder()
         try:
-            whole = json.loads(content)
+            whole = decoder.decode(content)
         except json.JSONDecodeError as error:
             begun = content.rfind("\n", 0, error.pos) + 1
             what = (
@@ -126,6 +131,8 @@ class JsonReader(LinesReader):
             damage.add(error.lineno, what, content[begun:].split("\n", 1)[0], column=error.colno)
         except RecursionError as error:
             damage.add(1, f"not readable: {error}", "")
+        if decoder.twice:
+            damage.add_duplicates(decoder.twice, 1, content)
         damage.raise_any()
         if not isinstance(whole, dict):
             damage.add_not_object(whole, 1)
@@ -145,14 +152,14 @@ class JsonReader(LinesReader):
         """The elements of a top-level list, of which only one chunk is in memory at a time."""
         damage = Damage(self.label)
         text, number = _Text(self, damage), 0
-        decode = json.JSONDecoder().raw_decode
+        decoder = Decoder()
         at = text.skip(0) + 1  # behind the opening bracket
         while True:
             at = text.skip(text.forget(at))
             if number == 0 and text.buffer.startswith("]", at):
                 break
             try:
-                row, end = decode(text.buffer, at)
+                row, end = decoder.raw_decode(text.buffer, at)
             except json.JSONDecodeError as error:
                 # The value may merely go on behind what was read so far.
                 open_end = error.pos > len(text.buffer) - 64 or error.msg.startswith(
@@ -168,10 +175,12 @@ class JsonReader(LinesReader):
             number += 1
             if type(row) is not dict:
                 damage.add_not_object(row, text.line(at), number)
-                if damage.full:
-                    break
+            elif decoder.twice:
+                damage.add_duplicates(decoder.twice, text.line(at), text.buffer[at:end])
             elif not damage:
                 yield number, row
+            if damage.full:
+                break
             at = text.skip(end)
             if text.buffer.startswith("]", at):
                 break

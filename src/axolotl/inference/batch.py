@@ -95,7 +95,7 @@ def _read_rows(source: Path) -> list[tuple[int, dict[str, Any]]]:
     if not source.is_file():
         raise DataError(f"`--input {source}` does not exist.", "Check the path.")
     rows, problems = [], []
-    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(source.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -178,7 +178,7 @@ def _answered(target: Path) -> dict[int, dict[str, Any]]:
         with target.open("r+b") as file:
             file.truncate(len(content))
     found = {}
-    for number, line in enumerate(content.decode("utf-8").splitlines(), start=1):
+    for number, line in enumerate(content.splitlines(), start=1):
         try:
             row = json.loads(line)
             found[int(row[KEY])] = row

@@ -157,6 +157,8 @@ def test_tools() -> None:
     for nothing in (None, [], "", "[]", "null"):
         assert convert({**ROW, "tools": nothing}).tools is None
     assert problem({**ROW, "tools": "[{"}).reason == "not valid JSON"
+    twice = problem({**ROW, "tools": '[{"name": "a", "name": "b"}]'})
+    assert twice.reason == "a key stands twice" and "`name`" in twice.detail
     assert problem({**ROW, "tools": [3]}).reason == "tool is not an object"
 
 

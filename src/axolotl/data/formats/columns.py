@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+from axolotl.data.json_keys import Decoder
 from axolotl.data.types import RowProblem
 
 _MISSING = object()
@@ -53,11 +53,15 @@ def kind(value: Any) -> str:
 
 
 def decoded(value: str, what: str) -> Any:
-    """The JSON in a text. Raises RowProblem where it is not JSON."""
+    """The JSON in a text. Raises RowProblem where it is not JSON, and where a key stands twice in an object."""
+    decoder = Decoder()
     try:
-        return json.loads(value)
+        found = decoder.decode(value)
     except (ValueError, RecursionError) as error:
         start = value if len(value) <= 40 else value[:37] + "..."
         raise RowProblem(
             "not valid JSON", f"{what} is the text `{start}`, which is not JSON: {error}"
         ) from None
+    if decoder.twice:
+        raise RowProblem("a key stands twice", f"{what} has `{decoder.twice[0]}` twice in one object")
+    return found
