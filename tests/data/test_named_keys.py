@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from axolotl.config.data import DataSection
+from axolotl.data import prepare as preparation
+from axolotl.data import shards
 from axolotl.data.prepare import prepare
 from axolotl.data.stream import open_stream
 from axolotl.errors import DataError, Place
@@ -60,6 +62,52 @@ def test_a_key_that_no_message_has_is_told(tmp_path: Path, entry: dict[str, Any]
     told = " ".join(capsys.readouterr().err.split())
     assert "`zzz`, which" in told
     assert f"c.yml:datasets[0].{next(iter(entry))}" in told
+
+
+def test_what_was_told_is_told_again_of_rows_that_are_there_already(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    tool = {"type": "function", "function": {"name": "clock", "parameters": {}}}
+    rows = [row | {"tools": [tool]} for row in chats(5)]
+    entry = {"message_field_training": "zzz"}
+    data = section(tmp_path, rows, entry, chat_template="gemma", eot_tokens=["<|eot_id|>"])
+    path = Path(str(data.datasets[0].path))
+    path.write_text(path.read_text() + "\n\n")
+    told = []
+    for reused in (False, True):
+        assert prepare(data, TOKENIZER, places=places, workers=1).reused == reused
+        told.append([line for line in capsys.readouterr().err.splitlines() if "found in" not in line])
+    assert told[0] == told[1]
+    for expected in (
+        "`zzz`, which",
+        "does not write the tools on offer (5 times)",
+        "2 blank lines skipped",
+        "never writes `<|eot_id|>`",
+        "`<start_of_turn>`, which this tokenizer does not know",
+    ):
+        assert expected in "\n".join(told[0])
+
+
+def test_what_an_interrupted_run_had_read_is_remembered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = {"type": "function", "function": {"name": "clock", "parameters": {}}}
+    rows = [row | {"tools": [tool]} for row in chats(1)] + chats(40, train=False)
+    monkeypatch.setattr(shards, "ROWS_PER_SHARD", 8)
+    monkeypatch.setattr(preparation, "CHUNK_ROWS", 4)
+    data = section(tmp_path, rows, {"message_field_training": "train"}, chat_template="gemma")
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "_check_unseen", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(data, TOKENIZER, workers=1)
+    capsys.readouterr()
+    prepare(data, TOKENIZER, workers=1)
+    told = capsys.readouterr().err
+    assert "going on after 41 rows" in told
+    assert "does not write the tools on offer (1 times)" in told
+    assert "no message" not in told
 
 
 def test_a_key_that_the_template_never_reads_is_told(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]

@@ -166,6 +166,29 @@ class Counts:
 
 
 @dataclass
+class Remarks:
+    """What is worth telling of a dataset besides its counts. Kept with the rows, and so told whenever they are used."""
+
+    left_out: dict[str, int] = field(default_factory=dict)
+    """What the template did not write: a sentence, and the number of turns."""
+    unseen: list[str] | None = None
+    """Keys that options name and no message had; None where no row was read."""
+    keys: list[str] = field(default_factory=list)
+    """Keys that messages had."""
+    blank_lines: int = 0
+
+    def __add__(self, other: Remarks) -> Remarks:
+        left_out = dict(self.left_out)
+        for what, turns in other.left_out.items():
+            left_out[what] = left_out.get(what, 0) + turns
+        unseen = self.unseen if other.unseen is None else other.unseen
+        if self.unseen is not None and other.unseen is not None:
+            unseen = sorted({*self.unseen} & {*other.unseen})
+        keys = sorted({*self.keys, *other.keys})
+        return Remarks(left_out, unseen, keys, self.blank_lines + other.blank_lines)
+
+
+@dataclass
 class DatasetSummary:
     """One dataset entry and what became of its rows."""
 
@@ -174,13 +197,15 @@ class DatasetSummary:
     name: str
     format: str
     counts: Counts
+    remarks: Remarks = field(default_factory=Remarks)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> DatasetSummary:
-        return cls(**{**value, "counts": Counts(**value["counts"])})
+        remarks = Remarks(**value.get("remarks", {}))
+        return cls(**{**value, "counts": Counts(**value["counts"]), "remarks": remarks})
 
 
 def summary_lines(summaries: Iterable[DatasetSummary]) -> list[str]:

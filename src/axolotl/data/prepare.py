@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from axolotl.data.ledger import (
     Counts,
     DatasetSummary,
     Reason,
+    Remarks,
     summary_lines,
     write_parquet,
 )
@@ -100,6 +100,7 @@ def prepare(
         note(f"prepared data found in {final}")
     for line in summary_lines(summaries):
         note(line)
+    tell_remarks(tasks, summaries)
     check_dropped(data, summaries)
     train = sum(s.counts.rows for s in summaries if s.set == "train")
     if train and not data.dataset_shard_num:
@@ -160,6 +161,7 @@ def _prepare_set(folder: Path, tasks: list[Task], engine: Engine, deduplicate: b
         seen.close()
     if failures:
         raise DataError([row_problem(f) for f in failures[:MOST_FAILURES]] + _more(failures))
+    _check_unseen(tasks)
 
 
 def _prepare_dataset(
@@ -172,8 +174,6 @@ def _prepare_dataset(
 ) -> Counts:
     """Writes the remaining shards of one dataset. `totals`: what the set's folder holds before; returns it with these."""
     already = sum(p.counts.read for p in task.parts)
-    notes: Counter[str] = Counter()
-    watch: Watch | None = None
     progress = Progress(f"preparing {task.name}", lambda: task.source.rows, already)
     writer: PartWriter | None = None
 
@@ -181,6 +181,8 @@ def _prepare_dataset(
         nonlocal writer, totals
         if writer is None:
             writer = new_writer()
+        if last:
+            writer.part.remarks.blank_lines = task.source.blank_lines
         task.parts.append(writer.close(last))
         totals = totals + writer.part.counts
         writer = None
@@ -192,8 +194,6 @@ def _prepare_dataset(
         for result in engine.map(task.job, chunks(task.source, already)):
             progress.advance(len(result.rows.ledger.row))
             failures += result.failures
-            notes.update(result.notes)
-            watch = watch.merge(result.watch) if watch else result.watch
             if len(failures) > MOST_FAILURES:
                 break
             if failures:  # nothing more is written: this data has to change first
@@ -205,20 +205,17 @@ def _prepare_dataset(
             )
             writer = writer or new_writer()
             writer.add(rows)
+            writer.part.remarks += Remarks(
+                dict(result.notes), sorted(result.watch.unseen), sorted(result.watch.keys)
+            )
             if writer.full:
                 close(last=False)
         if not failures:
-            if watch and not already:  # what an interrupted run read may have had the keys
-                tell_unseen(task, watch)
             close(last=True)
-        if task.source.blank_lines:
-            note(f"{task.name}: {task.source.blank_lines:,} blank lines skipped")
     finally:
         if writer is not None:
             writer.abandon()
         progress.close()
-    for what, turns in notes.items():
-        warn(f"{task.name}: {what} ({turns:,} times): they are not in the training text.")
     return totals
 
 
@@ -226,6 +223,30 @@ def chunks(source: Source, start: int) -> Iterator[list[Row]]:
     """The rows of a source after the first `start`, in chunks; row ids as plain tuples, which travel quickly."""
     for batch in source.batches(CHUNK_ROWS, start):
         yield [((row_id.file, row_id.row), row) for row_id, row in batch]
+
+
+def _unseen(task: Task, remarks: Remarks) -> list[Problem]:
+    watch = Watch(set(remarks.unseen or ()), set(remarks.keys))
+    return unseen_problems(task.entry, watch, task.name, task.key, task.places)
+
+
+def _check_unseen(tasks: list[Task]) -> None:
+    """Raises DataError where a mark of training that no message has is a misspelt key of theirs."""
+    problems = [p for task in tasks for p in _unseen(task, sum((q.remarks for q in task.parts), Remarks()))]
+    if any(p.fatal for p in problems):
+        raise DataError(problems)
+
+
+def tell_remarks(tasks: Iterable[Task], summaries: Iterable[DatasetSummary]) -> None:
+    """Tells what the user may not have meant, of rows that were prepared now or earlier."""
+    for task, summary in zip(tasks, summaries, strict=True):
+        remarks = summary.remarks
+        for problem in _unseen(task, remarks):
+            show_problem(problem)
+        for what, turns in remarks.left_out.items():
+            warn(f"{task.name}: {what} ({turns:,} times): they are not in the training text.")
+        if remarks.blank_lines:
+            note(f"{task.name}: {remarks.blank_lines:,} blank lines skipped")
 
 
 def tell_unseen(task: Task, watch: Watch) -> None:
@@ -256,7 +277,8 @@ def _more(failures: list[RowFailure]) -> list[Problem]:
 
 def _summary(task: Task) -> DatasetSummary:
     counts = sum((p.counts for p in task.parts), Counts())
-    return DatasetSummary(task.set_name, task.number, task.name, task.format.name, counts)
+    remarks = sum((p.remarks for p in task.parts), Remarks())
+    return DatasetSummary(task.set_name, task.number, task.name, task.format.name, counts, remarks)
 
 
 def _check_empty(tasks: list[Task], summaries: list[DatasetSummary]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from axolotl.console import note
 from axolotl.data import cache
 from axolotl.data.ledger import DatasetSummary, summary_lines
-from axolotl.data.prepare import finish, prepare_tasks
+from axolotl.data.prepare import finish, prepare_tasks, tell_remarks
 from axolotl.data.prepared import Prepared
 from axolotl.data.readers import RowId
 from axolotl.data.sources import Row, Source, size
@@ -73,4 +73,5 @@ def prepare_sample(stream: Stream, data: DataSection, *, seed: int) -> Prepared:
     note("of the stream, its first rows:")
     for line in summary_lines(summaries):
         note(line)
+    tell_remarks(stream.tasks, summaries)
     return Prepared(final, FOLDER, held, seed, summaries, False)

@@ -12,7 +12,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from axolotl.data.filters import FilteredRows
-from axolotl.data.ledger import LEDGER_SCHEMA, ROWS_SCHEMA, Counts
+from axolotl.data.ledger import LEDGER_SCHEMA, ROWS_SCHEMA, Counts, Remarks
 from axolotl.errors import EnvironmentProblem
 
 ROWS_PER_SHARD = 1 << 14
@@ -93,6 +93,7 @@ class Part:
     counts: Counts
     last: bool = False
     """No row of the dataset comes after it."""
+    remarks: Remarks = field(default_factory=Remarks)
 
     @property
     def stem(self) -> str:
@@ -100,7 +101,8 @@ class Part:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Part:
-        return cls(**{**value, "counts": Counts(**value["counts"])})
+        remarks = Remarks(**value["remarks"])
+        return cls(**{**value, "counts": Counts(**value["counts"]), "remarks": remarks})
 
 
 _SUFFIXES = ("arrow", "ledger", "rows")
