@@ -462,6 +462,9 @@ BROKEN = [
     ),
     ("one_way_of_sharding", "deepspeed: a.json\nfsdp: [full_shard]", "conflict", "deepspeed fsdp_config"),
     ("deepcompile_needs_deepspeed", "deepcompile: true", "conflict", "deepcompile"),
+    ("shards_of_whom", "dp_shard_size: 2", "conflict", "dp_shard_size"),
+    ("shards_of_whom", "dp_shard_size: 2\ndeepspeed: z.json", "conflict", "dp_shard_size deepspeed"),
+    ("shards_of_whom", "dp_shard_size: -3\nfsdp_config: {}", "conflict", "dp_shard_size"),
     ("one_version_of_fsdp", "fsdp_version: 2", "warning", "fsdp_version"),
     (
         "one_version_of_fsdp",

@@ -78,7 +78,7 @@ class DistributedSection(Section):
     fsdp_final_state_dict_type: StateDict | None = validated("FSDP")
     """Form in which the finished weights are saved."""
     dp_shard_size: Int | None = validated("parallel axes")
-    """Devices over which the model is sharded."""
+    """Devices over which the model is sharded; left out or -1: all that the other axes leave."""
     dp_replicate_size: PositiveInt | None = validated("parallel axes")
     """Copies of the sharded model."""
     tensor_parallel_size: PositiveInt | None = validated("parallel axes")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from axolotl.config import Config, Hardware, unbuilt
+from axolotl.config.axes import axes_problems
 from axolotl.config.datasets import DatasetEntry
 from axolotl.config.rules.devices import several_devices_needed
 from axolotl.data import templates
@@ -41,18 +42,19 @@ def problems_beforehand(
 
     `data`: open the datasets as well, and look at their columns and first rows. A run does that anyway when it prepares them; it asks
     for it here where something else is wrong already, so that everything is told at once. `processes`: how many the run
-    will have, where they do not run yet.
+    will have, where they do not run yet; 0 where another program decides that.
     """
-    problems = [*_cheap(cfg, hardware, processes or world().size)]
+    problems = [*_cheap(cfg, hardware, world().size if processes is None else processes)]
     if data or any(p.fatal for p in problems):
         problems += [*check_hub(cfg.model.base_model), *_data(cfg)]
     return [placed(cfg, problem) for problem in problems]
 
 
 def _cheap(cfg: Config, hardware: Hardware, processes: int) -> Iterator[Problem]:
-    alone = several_devices_needed(cfg, processes)
+    alone = several_devices_needed(cfg, processes) if processes else []
     told = {key for problem in alone for key in problem.keys}
     yield from alone
+    yield from axes_problems(cfg, processes) if processes > 1 else ()
     yield from (p for p in unbuilt(cfg) if not told.intersection(p.keys))
     yield from check_output(cfg)
     yield from check_folder(cfg, "dataset_prepared_path", cfg.data.dataset_prepared_path)

@@ -46,7 +46,7 @@ def launch(
     count = process_count(cfg, launcher, processes)
     if launcher not in ("torchrun", "accelerate") and count == 1:
         return None
-    _prepare_once(cfg, count)
+    _prepare_once(cfg, 0 if launcher in ("torchrun", "accelerate") else count)
     if launcher in ("torchrun", "accelerate"):
         command = launcher_command(launcher, own, arguments, count)
         become(command, defaults_for_processes() | dict(os.environ))

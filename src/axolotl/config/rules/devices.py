@@ -33,6 +33,31 @@ def one_way_of_sharding(cfg: Config) -> Iterator[Problem]:
         )
 
 
+@rule("dp_shard_size", "dp_replicate_size", "fsdp_config", "deepspeed")
+def shards_of_whom(cfg: Config) -> Iterator[Problem]:
+    """The axes of copies and shards are FSDP's."""
+    distributed = cfg.distributed
+    if distributed.fsdp_config:
+        if (size := distributed.dp_shard_size) is not None and size < -1:
+            yield conflict(
+                f"`dp_shard_size` is {size}.",
+                "Write a number above 0, or -1 for all the rest.",
+                "dp_shard_size",
+            )
+        return
+    if (distributed.dp_shard_size or 1) > 1:
+        other = "deepspeed" if distributed.deepspeed else None
+        yield conflict(
+            "`dp_shard_size` is about FSDP, "
+            + ("but `deepspeed` shards the model." if other else "but there is no `fsdp_config`."),
+            f"Delete `{other}` and add `fsdp_config:`, or delete `dp_shard_size`."
+            if other
+            else "Add `fsdp_config:` (with `fsdp_version: 2`), or delete `dp_shard_size`.",
+            "dp_shard_size",
+            *([other] if other else []),
+        )
+
+
 @rule("deepcompile", "deepspeed")
 def deepcompile_needs_deepspeed(cfg: Config) -> Iterator[Problem]:
     """It is a part of DeepSpeed."""
