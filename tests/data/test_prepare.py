@@ -281,6 +281,38 @@ def test_bad_rows_are_named_and_nothing_is_left(tmp_path: Path, tokenizer: Any) 
     assert not list((tmp_path / "p").rglob("*"))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_mistakes_of_all_datasets_come_together(
+    tmp_path: Path, tokenizer: Any, small_shards: None, count: int
+) -> None:
+    """A file that is damaged far from its beginning, bad rows in another, and in a test set, with and without workers."""
+    damaged = write_rows(tmp_path / "a.jsonl", alpaca(1200))
+    lines = damaged.read_text().splitlines()
+    damaged.write_text("\n".join([*lines[:1100], '{"a": oops}', *lines[1100:]]))
+    bad = {"instruction": "Hi", "output": None}
+    other = write_rows(tmp_path / "b.jsonl", [*alpaca(100), bad, *alpaca(100)])
+    test = write_rows(tmp_path / "t.jsonl", [*alpaca(5), bad])
+    data = section(damaged, other, folder=tmp_path / "p")
+    held_out = section(test, folder=tmp_path / "p").datasets
+    with pytest.raises(DataError) as caught:
+        prepare(data.model_copy(update={"test_datasets": held_out}), tokenizer, workers=count)
+    found = [(Path(p.places[0].file).name, p.places[0].line) for p in caught.value.problems]
+    assert found == [("a.jsonl", 1101), ("b.jsonl", 101), ("t.jsonl", 6)]
+    assert not list((tmp_path / "p").iterdir())
+
+
+def test_beside_a_dataset_that_is_not_there_the_first_rows_of_the_others_are_looked_at(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    bad = {"instruction": "Hi", "output": None}
+    path = write_rows(tmp_path / "a.jsonl", [*alpaca(5), bad])
+    with pytest.raises(DataError) as caught:
+        prepare(section(tmp_path / "gone.jsonl", path, folder=tmp_path / "p"), tokenizer)
+    gone, row = caught.value.problems
+    assert "gone.jsonl` does not exist" in gone.message
+    assert row.places == (Place(str(path), 6),)
+
+
 def test_no_more_than_twenty_bad_rows_are_listed(tmp_path: Path, tokenizer: Any) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"instruction": None, "output": "x"}] * 5000)
     with pytest.raises(DataError) as caught:

@@ -13,6 +13,7 @@ from axolotl.errors import ConfigError, Problem, UserError
 from axolotl.plan.check import load_config
 from axolotl.run.beforehand import problems_beforehand
 from axolotl.run.check import check
+from axolotl.run.preprocess import preprocess
 from axolotl.run.train import train
 
 MODEL = Path(__file__).parents[1] / "fixtures" / "tiny-llama3"
@@ -115,7 +116,7 @@ def test_all_mistakes_are_told_at_once(config, bare) -> None:
 
 
 def test_a_run_that_is_right_does_not_open_its_data_twice(config, monkeypatch) -> None:
-    monkeypatch.setattr("axolotl.run.beforehand.open_source", pytest.fail)
+    monkeypatch.setattr("axolotl.run.rows_beforehand.open_source", pytest.fail)
     assert problems_beforehand(load_config(config()), CPU, data=False) == []
 
 
@@ -182,3 +183,18 @@ def test_the_remedy_is_the_option_that_is_wrong(config, entry: str, remedy: str)
     Path("text.jsonl").write_text('{"text": "a red fox"}\n')
     [problem] = fatal(check(load_config(config(f"datasets: [{{path: text.jsonl, {entry}}}]"))))
     assert remedy in problem.remedy
+
+
+def test_preprocess_tells_all_mistakes_that_concern_rows(config) -> None:
+    Path("bad.jsonl").write_text('{"instruction": "say a", "output": {}}\n')
+    more = """tokenizer_config: ./nope
+datasets: [{path: nope.jsonl, type: alpaca}, {path: bad.jsonl, type: alpaca}]
+chat_template: jinja
+chat_template_jinja: ./nope.jinja
+dataset_prepared_path: /proc/prepared"""
+    cfg = load_config(config(more))
+    with pytest.raises(UserError) as caught:
+        preprocess(cfg)
+    keys = [key for problem in caught.value.problems for key in problem.keys]
+    assert {"dataset_prepared_path", "tokenizer_config", "chat_template_jinja"} <= set(keys)
+    assert any("`nope.jsonl`" in problem.message for problem in caught.value.problems)

@@ -43,7 +43,7 @@ from axolotl.data.shards import (
 )
 from axolotl.data.sources import Source
 from axolotl.data.tasks import Task, fingerprint_parts, open_tasks
-from axolotl.data.work import Row, RowFailure
+from axolotl.data.work import Row, row_problem
 from axolotl.data.workers import Engine, worker_count
 from axolotl.errors import DataError, Place, Problem
 
@@ -117,10 +117,16 @@ def prepare_tasks(
         if started is not None:  # killed while it was tidying up: all rows are there
             return started
         engine = Engine([task.job for task in tasks], workers)
+        failures: list[Problem] = []
         try:
             for set_name in dict.fromkeys(task.set_name for task in tasks):
                 mine = [t for t in tasks if t.set_name == set_name]
-                _prepare_set(partial / set_name, mine, engine, bool(data.dataset_exact_deduplication))
+                _prepare_set(
+                    partial / set_name, mine, engine, bool(data.dataset_exact_deduplication), failures
+                )
+            if failures:
+                raise DataError(_told(failures))
+            _check_unseen(tasks)
         except DataError:
             # Shards of data that has to change are of no use to anyone.
             cache.remove(partial)
@@ -138,8 +144,10 @@ def prepare_tasks(
         return _write_manifest(partial, tasks, summaries, parts)
 
 
-def _prepare_set(folder: Path, tasks: list[Task], engine: Engine, deduplicate: bool) -> None:
-    """Writes the shards of one set (train, test_0, ...)."""
+def _prepare_set(
+    folder: Path, tasks: list[Task], engine: Engine, deduplicate: bool, failures: list[Problem]
+) -> None:
+    """Writes the shards of one set (train, test_0, ...). What cannot be used is added to `failures`."""
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob("*.new"):
         left.unlink()
@@ -152,16 +160,12 @@ def _prepare_set(folder: Path, tasks: list[Task], engine: Engine, deduplicate: b
         for batch in part_batches(folder, taken, "rows") if seen else ():
             seen.add(batch.column("key").to_numpy())  # type: ignore[union-attr]
     totals = Counts()
-    failures: list[RowFailure] = []
     for task in tasks:
         totals = sum((p.counts for p in task.parts), totals)
         if not (task.parts and task.parts[-1].last):
             totals = _prepare_dataset(folder, task, engine, seen, totals, failures)
     if seen:
         seen.close()
-    if failures:
-        raise DataError([row_problem(f) for f in failures[:MOST_FAILURES]] + _more(failures))
-    _check_unseen(tasks)
 
 
 def _prepare_dataset(
@@ -170,9 +174,12 @@ def _prepare_dataset(
     engine: Engine,
     seen: SeenRows | None,
     totals: Counts,
-    failures: list[RowFailure],
+    failures: list[Problem],
 ) -> Counts:
-    """Writes the remaining shards of one dataset. `totals`: what the set's folder holds before; returns it with these."""
+    """Writes the remaining shards of one dataset. `totals`: what the set's folder holds before; returns it with these.
+
+    Nothing more is written once there are `failures`, to which those of this dataset are added.
+    """
     already = sum(p.counts.read for p in task.parts)
     progress = Progress(f"preparing {task.name}", lambda: task.source.rows, already)
     writer: PartWriter | None = None
@@ -193,10 +200,10 @@ def _prepare_dataset(
     try:
         for result in engine.map(task.job, chunks(task.source, already)):
             progress.advance(len(result.rows.ledger.row))
-            failures += result.failures
+            failures += map(row_problem, result.failures)
             if len(failures) > MOST_FAILURES:
                 break
-            if failures:  # nothing more is written: this data has to change first
+            if failures:  # this data has to change first
                 continue
             rows = (
                 result.rows
@@ -212,6 +219,8 @@ def _prepare_dataset(
                 close(last=False)
         if not failures:
             close(last=True)
+    except DataError as error:  # the file itself is damaged: the other datasets may have mistakes too
+        failures += error.problems
     finally:
         if writer is not None:
             writer.abandon()
@@ -258,21 +267,12 @@ def tell_unseen(task: Task, watch: Watch) -> None:
         show_problem(problem)
 
 
-def row_problem(failure: RowFailure) -> Problem:
-    """What is told about a row that cannot be used."""
-    detail = f": {failure.detail}" if failure.detail else ""
-    return Problem(
-        f"row {failure.row}: {failure.reason}{detail}.",
-        failure.remedy,
-        kind="data",
-        places=(Place(failure.file, failure.row),),
-    )
-
-
-def _more(failures: list[RowFailure]) -> list[Problem]:
+def _told(failures: list[Problem]) -> list[Problem]:
+    """The first problems, and a word where there are more."""
     if len(failures) <= MOST_FAILURES:
-        return []
-    return [Problem("more rows cannot be used; the search stopped here.", kind="data")]
+        return failures
+    more = Problem("more rows cannot be used; the search stopped here.", kind="data")
+    return [*failures[:MOST_FAILURES], more]
 
 
 def _summary(task: Task) -> DatasetSummary:

@@ -19,10 +19,10 @@ from axolotl.data import cache
 from axolotl.data.filters import FilteredRows
 from axolotl.data.formats.watch import Watch
 from axolotl.data.ledger import Counts, DatasetSummary, summary_lines
-from axolotl.data.prepare import MOST_FAILURES, check_dropped, row_problem, tell_unseen
+from axolotl.data.prepare import MOST_FAILURES, check_dropped, tell_unseen
 from axolotl.data.sources import FileSource, Source
 from axolotl.data.tasks import Task, open_tasks
-from axolotl.data.work import Row
+from axolotl.data.work import Row, row_problem
 from axolotl.data.workers import Engine
 from axolotl.errors import DataError, Place, Problem
 

@@ -14,12 +14,16 @@ from axolotl.data.filters import Limits
 from axolotl.data.formats import Format, check_fields, resolve_format
 from axolotl.data.render import Renderer, build_renderer
 from axolotl.data.shards import Part
-from axolotl.data.sources import Source, open_source
-from axolotl.data.work import Job, TokenizerFacts
+from axolotl.data.sources import FileSource, Source, open_source
+from axolotl.data.work import ChunkWorker, Job, TokenizerFacts, row_problem
 from axolotl.errors import DataError, Place, Problem, UserError
 
 if TYPE_CHECKING:
     from axolotl.config.data import DataSection, DatasetEntry
+
+
+FIRST_ROWS = 256
+"""Rows of a dataset that are looked at where another one cannot be opened."""
 
 
 @dataclass
@@ -52,6 +56,7 @@ def open_tasks(
     `endless`: datasets of the Hub are read over the network as training goes on, instead of downloaded first.
     """
     tasks: list[Task] = []
+    sound: list[Task] = []
     problems: list[Problem] = []
     facts = TokenizerFacts.of(tokenizer)
     eval_len = data.eval_sequence_len or data.sequence_len
@@ -70,7 +75,8 @@ def open_tasks(
             format_ = resolve_format(entry, columns, section, places(f"{key}.type"))
             renderer = build_renderer(facts, section, entry)
             unfit = check_fields(format_, columns, entry, places(key))
-            problems += [unfit] if unfit else [of_entry(p, entry, key, places) for p in renderer.problems()]
+            found = [unfit] if unfit else [of_entry(p, entry, key, places) for p in renderer.problems()]
+            problems += found
         except UserError as error:
             here = (places(key),)
             problems += [p if p.places or p.keys else replace(p, places=here) for p in error.problems]
@@ -81,9 +87,14 @@ def open_tasks(
             data.excess_length_strategy or "drop",
         )
         job = Job(section, entry, columns, limits, facts)
-        tasks.append(Task(key, set_name, number, entry, source, format_, renderer, job, places=places))
+        task = Task(key, set_name, number, entry, source, format_, renderer, job, places=places)
+        tasks.append(task)
+        if not any(p.fatal for p in found):
+            sound.append(task)
     problems = list(dict.fromkeys(problems))
     if any(p.fatal for p in problems):
+        for task in sound:
+            problems += _first_rows(task)
         raise DataError(problems)
     for problem in problems:
         show_problem(problem)
@@ -92,6 +103,20 @@ def open_tasks(
             "the config names no dataset.", "Add at least one entry under `datasets`.", places("datasets")
         )
     return tasks
+
+
+def _first_rows(task: Task) -> list[Problem]:
+    """What is wrong with the first rows of a dataset on this machine, told beside what is wrong with the others."""
+    if not isinstance(task.source, FileSource):
+        return []
+    try:
+        batch = next(task.source.batches(FIRST_ROWS), [])
+        result = ChunkWorker([task.job]).process(
+            0, [((row_id.file, row_id.row), row) for row_id, row in batch]
+        )
+    except UserError as error:
+        return list(error.problems)
+    return [row_problem(failure) for failure in result.failures]
 
 
 def of_entry(problem: Problem, entry: DatasetEntry, key: str, places: Callable[[str], Place]) -> Problem:

@@ -17,7 +17,7 @@ from axolotl.data.formats import resolve_format
 from axolotl.data.formats.watch import Watch
 from axolotl.data.render import build_renderer
 from axolotl.data.types import FormatValue, Rendered, RowProblem
-from axolotl.errors import UserError
+from axolotl.errors import Place, Problem, UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -72,6 +72,17 @@ class RowFailure:
     reason: str
     detail: str = ""
     remedy: str = ""
+
+
+def row_problem(failure: RowFailure) -> Problem:
+    """What is told about a row that cannot be used."""
+    detail = f": {failure.detail}" if failure.detail else ""
+    return Problem(
+        f"row {failure.row}: {failure.reason}{detail}.",
+        failure.remedy,
+        kind="data",
+        places=(Place(failure.file, failure.row),),
+    )
 
 
 @dataclass(slots=True)

@@ -61,15 +61,15 @@ def serve(read_end: int, write_end: int) -> None:
     threading.Thread(target=receive, daemon=True).start()
     worker: ChunkWorker | None = None
     while (task := tasks.get()) is not None:
+        number, job, rows = pickle.loads(task)
         try:
             if worker is None:
                 worker = ChunkWorker(*pickle.loads(payload))
-            number, job, rows = pickle.loads(task)
             answer: tuple[int, ChunkResult | Told | str] = (number, worker.process(job, rows))
         except UserError as error:
-            answer = (-1, (type(error), error.problems))
+            answer = (number, (type(error), error.problems))
         except Exception:
-            answer = (-1, traceback.format_exc())
+            answer = (number, traceback.format_exc())
         try:
             answers.send_bytes(pickle.dumps(answer, protocol=5))
         except OSError:
@@ -95,6 +95,9 @@ class WorkerPool:
         self._tasks: list[Connection] = []
         self._answers: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._load = dict.fromkeys(range(count), 0)
+        """Chunks that each worker has."""
+        self._sent = 0
         for _ in range(count):
             (their_tasks, tasks), (answers, their_answers) = os.pipe(), os.pipe()
             self._tasks.append(Connection(tasks, readable=False))
@@ -120,29 +123,31 @@ class WorkerPool:
             raise
 
     def map(self, chunks: Iterable[tuple[int, list[Row]]]) -> Iterator[ChunkResult]:
-        """Processes chunks, each with the number of its job; results come in the order of the chunks."""
+        """Processes chunks, each with the number of its job; results come in the order of the chunks.
+
+        Results of an earlier call that was left before its end are thrown away when they come.
+        """
         done: dict[int, ChunkResult] = {}
-        load = dict.fromkeys(range(len(self._tasks)), 0)
-        source = enumerate(chunks)
-        due, sent, more = 0, 0, True
+        source = iter(chunks)
+        due, more = self._sent, True
         # A slow chunk holds back the results after it: no more are let in than this.
         limit = 2 * _AHEAD * len(self._tasks)
-        while more or due < sent:
-            while more and sent - due < limit and min(load.values()) < _AHEAD:
+        while more or due < self._sent:
+            while more and self._sent - due < limit and min(self._load.values()) < _AHEAD:
                 item = next(source, None)
                 if item is None:
                     more = False
                     break
-                target = min(load, key=lambda w: load[w])
-                self._send(target, pickle.dumps((item[0], *item[1]), protocol=5))
-                load[target] += 1
-                sent += 1
-                self._collect(done, load, block=False)
+                target = min(self._load, key=lambda w: self._load[w])
+                self._send(target, pickle.dumps((self._sent, *item), protocol=5))
+                self._load[target] += 1
+                self._sent += 1
+                self._collect(done, due, block=False)
             if due in done:
                 yield done.pop(due)
                 due += 1
-            elif due < sent:
-                self._collect(done, load, block=True)
+            elif more or due < self._sent:
+                self._collect(done, due, block=True)
 
     def _send(self, target: int, message: bytes) -> None:
         try:
@@ -150,20 +155,22 @@ class WorkerPool:
         except OSError:
             raise self._dead(target) from None
 
-    def _collect(self, done: dict[int, ChunkResult], load: dict[int, int], *, block: bool) -> None:
+    def _collect(self, done: dict[int, ChunkResult], due: int, *, block: bool) -> None:
         for ready in wait(self._answers, None if block else 0):
             target = self._answers.index(ready)  # type: ignore[arg-type]
             try:
                 number, result = pickle.loads(self._answers[target].recv_bytes())
             except (EOFError, OSError):
                 raise self._dead(target) from None
+            self._load[target] -= 1
+            if number < due:
+                continue
             if isinstance(result, str):
                 raise WorkerFailed(result)
             if isinstance(result, tuple):
                 kind, problems = result
                 raise kind(problems)
             done[number] = result
-            load[target] -= 1
 
     def _dead(self, target: int) -> EnvironmentProblem:
         process = self._processes[target]

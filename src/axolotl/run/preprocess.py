@@ -25,6 +25,7 @@ from axolotl.model.tokenizer import check as tokenizer_check
 from axolotl.model.tokenizer import load_tokenizer
 from axolotl.report.dataset import write_report
 from axolotl.run.ready import ready, refuse, told_with_places
+from axolotl.run.rows_beforehand import data_problems
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,6 +46,7 @@ def preprocess(
         console.note("The training data is streamed: it is tokenised while training goes on, not here.")
         if not cfg.data.test_datasets and not show:
             return None
+    refuse(data_problems(cfg))
     tokenizer = tokenizer_of(cfg)
     prepared = prepare_data(cfg, tokenizer) if not streamed or cfg.data.test_datasets else None
     shown = prepared
