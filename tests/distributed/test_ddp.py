@@ -123,9 +123,26 @@ def test_a_rank_that_dies_is_named_and_its_checkpoints_stay(long: Runs) -> None:
         "2",
     )
     said = long.run("out", *arguments, code=1, ACCIDENT="kill:1:5")
-    assert "rank 1 was killed by SIGKILL" in said
+    assert "the process of rank 1 with SIGKILL" in said and "AX1405" in said
     assert "Traceback" not in said
     assert damage(max((long.folder / "out").glob("checkpoint-*"))) is None
+
+
+@pytest.mark.parametrize("trial", range(3))
+def test_torchrun_starts_again_and_goes_on(packed: Runs, trial: int) -> None:
+    if not (packed.folder / "ranks2" / "run.jsonl").exists():
+        packed.run("ranks2", "--num-processes", "2", "--gradient-accumulation-steps", "2")
+    rank, step = trial % 2, 4 + trial % 2
+    said = packed.run(
+        f"again{trial}",
+        *("--plugins", "[accident]", "--gradient-accumulation-steps", "2", "--launcher", "torchrun"),
+        *("--", "--nproc-per-node", "2", "--max-restarts", "1"),
+        ACCIDENT=f"kill:{rank}:{step}",
+    )
+    assert "Started again by the launcher after a failure" in said
+    assert "checkpoint-3" in said
+    assert furthest(packed.losses("ranks2"), packed.losses(f"again{trial}")) == 0
+    assert furthest(packed.weights("ranks2"), packed.weights(f"again{trial}")) == 0
 
 
 def test_an_error_before_training_is_told_once(long: Runs) -> None:

@@ -106,7 +106,22 @@ def test_one_that_is_killed_is_named(
     monkeypatch.chdir(tmp_path)
     code = f"import os\nif os.environ['RANK'] == '0':\n    os.kill(os.getpid(), 9)\n{SLEEP}"
     assert run_processes(["-c", code], 2) == 1
-    assert "rank 0 was killed by SIGKILL" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the process of rank 0 with SIGKILL (exit code -9)" in said
+    assert "for want of memory" in said and "AX1405" in said and "--auto-resume-from-checkpoints" in said
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [("os.kill(os.getpid(), 11)", "crashed (SIGSEGV)"), ("os.kill(os.getpid(), 14)", "SIGALRM")],
+)
+def test_other_deaths_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_processes(["-c", f"import os\nif os.environ['RANK'] == '1':\n    {code}\n{SLEEP}"], 2) == 1
+    said = capsys.readouterr().err
+    assert words in said and "rank 1" in said
 
 
 def test_an_error_of_all_is_told_once(

@@ -6,12 +6,13 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from axolotl.config.resolve import Hardware
+from axolotl.distributed.meeting import agent_store, of_this_round
 from axolotl.distributed.world import world
 
 T = TypeVar("T")
@@ -31,7 +32,13 @@ def start_group(hardware: Hardware, timeout: int | None = None) -> None:
         torch.cuda.set_device(place.local_rank)
         # gloo carries what is in CPU memory: offloaded weights, objects.
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout or TIMEOUT))
+    seconds = timeout or TIMEOUT
+    given: dict[str, Any] = {}
+    store = agent_store(seconds)
+    if store is not None:
+        store = of_this_round(store, place.rank, place.size, seconds)
+        given = {"store": store, "rank": place.rank, "world_size": place.size}
+    dist.init_process_group(backend, timeout=timedelta(seconds=seconds), **given)
 
 
 def leave_group(exit_code: int = 0) -> None:

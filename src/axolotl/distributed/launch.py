@@ -7,6 +7,7 @@ one has died as long.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -24,7 +25,10 @@ from types import FrameType
 from torch.distributed import TCPStore
 
 from axolotl import console
+from axolotl.config.host import oom_kills
+from axolotl.distributed.exits import explain_exit
 from axolotl.distributed.failure import LAUNCH
+from axolotl.errors import Problem
 
 GRACE = 1.0  # seconds between the death of one process and the end of all
 LINGER = 120.0  # seconds for the others, when one has ended after a signal
@@ -137,7 +141,7 @@ def run_processes(command: Sequence[str], processes: int) -> int:
     store = TCPStore(
         "127.0.0.1", 0, None, is_master=True, wait_for_workers=False, timeout=timedelta(minutes=5)
     )
-    group = _Group([])
+    group, kills = _Group([]), oom_kills()
     try:
         with group.listening():
             for rank in range(processes):
@@ -153,7 +157,7 @@ def run_processes(command: Sequence[str], processes: int) -> int:
                 group.send(group.asked[0])
             failed = group.wait()
             if failed is not None:
-                return _end_all(group, failed, folder)
+                return _end_all(group, failed, folder, kills)
             if group.asked:
                 return max((p.returncode or 0 for p in group.processes), default=0) and 128 + group.asked[0]
             return 0
@@ -165,7 +169,7 @@ def run_processes(command: Sequence[str], processes: int) -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _end_all(group: _Group, failed: int, folder: Path) -> int:
+def _end_all(group: _Group, failed: int, folder: Path, kills: int) -> int:
     deadline = time.monotonic() + GRACE
     while time.monotonic() < deadline and any(p.poll() is None for p in group.processes):
         time.sleep(POLL)
@@ -176,16 +180,19 @@ def _end_all(group: _Group, failed: int, folder: Path) -> int:
         console.note("Stopped at once.")
         return 128 + signal.SIGINT
     if not spoken:
-        console.stderr().print(f"error: {_last_words(failed, code)}", style="red", markup=False)
+        console.show_problem(_last_words(failed, code, oom_kills() - kills))
     return code if 0 < code < 128 else 1
 
 
-def _last_words(rank: int, code: int) -> str:
-    if code >= 0:
-        return f"The process of rank {rank} ended with exit code {code}; all others were ended."
-    name = signal.Signals(-code).name
-    hint = " The system may have run out of memory (`dmesg` says so)." if name == "SIGKILL" else ""
-    return f"The process of rank {rank} was killed by {name}; all others were ended.{hint}"
+def _last_words(rank: int, code: int, kernel_kills: int) -> Problem:
+    """What is told of a process that told nothing itself."""
+    who = f"the process of rank {rank}"
+    told = explain_exit(code, who, kernel_kills)
+    if told is None:
+        how = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        told = Problem(f"{who} {how}.", kind="environment")
+    message = told.message[0].upper() + told.message[1:]
+    return dataclasses.replace(told, message=f"{message} All others were ended.")
 
 
 def launcher_command(
