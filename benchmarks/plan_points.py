@@ -51,19 +51,29 @@ def config_of(point: dict[str, Any], folder: Path) -> Path:
     return file
 
 
+def batches(point: dict[str, Any]) -> tuple[Batch, Batch]:
+    """The largest micro batch that the run had, and the average one of the steps that were timed."""
+    rows, packed = point["rows"], point.get("packed", False)
+    if not packed or "batches" not in point:
+        plain = Batch(rows, point["length"], packed=packed)
+        return plain, plain
+    lengths = [-(-tokens // (8 * rows)) * 8 for tokens, _ in point["batches"]]
+    settled = slice(2 if len(lengths) >= 4 * point["accumulation"] else 1, None)
+    pairs = [pairs for _, pairs in point["batches"]][settled]
+    mean = sum(lengths[settled]) / len(lengths[settled])
+    return (
+        Batch(rows, max(lengths), packed=True),
+        Batch(rows, round(mean / 8) * 8, sum(pairs) / len(pairs), packed=True),
+    )
+
+
 def predicted(point: dict[str, Any], folder: Path) -> tuple[float, float]:
     """(GiB allocated at the peak, seconds of a step) as the plan says them."""
     cfg, _ = resolve(load_config(config_of(point, folder)), HARDWARE)
     packed = point.get("packed", False)
     attention = choose_attention(cfg.model, packed, HARDWARE)
-    needs = requirement(
-        cfg,
-        gpu("h200"),
-        HARDWARE,
-        Layout("one GPU"),
-        attention,
-        Batch(point["rows"], point["length"], packed=packed),
-    )
+    largest, usual = batches(point)
+    needs = requirement(cfg, gpu("h200"), HARDWARE, Layout("one GPU"), attention, largest, usual=usual)
     return needs.training.allocated / GIB, needs.step.total
 
 

@@ -94,6 +94,27 @@ def test_lora_learns_on_quantised_weights_and_merges(
 
 
 @pytest.mark.extras
+@pytest.mark.parametrize("load", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=["4 bits", "8 bits"])
+def test_random_weights_are_packed_as_loaded_ones(load: dict[str, Any], tmp_path: Path) -> None:
+    chosen, tokenizer = keys(), load_tokenizer(section(LLAMA))
+    whole = load_model(section(LLAMA, reinit_weights=True), chosen, tokenizer, CPU, training=True, seed=3)
+    whole.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(section(tmp_path, **load), chosen, tokenizer, CPU, training=True, seed=3)
+    made = load_model(
+        section(LLAMA, reinit_weights=True, **load), chosen, tokenizer, CPU, training=True, seed=3
+    )
+    assert [type(m) for m in made.modules()] == [type(m) for m in loaded.modules()]
+    for (name, ours), theirs in zip(made.named_parameters(), loaded.parameters(), strict=True):
+        assert ours.dtype == theirs.dtype, name
+        # As bytes: packed numbers that are held as floats may be no number.
+        assert torch.equal(ours.detach().view(torch.uint8), theirs.detach().view(torch.uint8)), name
+    assert torch.equal(made(IDS).logits, loaded(IDS).logits)
+    assert made.config.quantization_config.to_dict() == loaded.config.quantization_config.to_dict()
+    assert made.is_quantized and add_adapter(made, chosen, seed=1)
+
+
+@pytest.mark.extras
 def test_merging_into_what_the_quantised_weights_stood_for(tmp_path: Path) -> None:
     model, chosen = section(LLAMA, load_in_4bit=True, bf16=False), keys(adapter="qlora")
     peft_model, _ = trained(model, chosen)

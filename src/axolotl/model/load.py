@@ -27,7 +27,13 @@ from axolotl.model.embeddings import (
 )
 from axolotl.model.files import check_base_model, local_folder
 from axolotl.model.freeze import freeze_except
-from axolotl.model.quantize import check_prequantized, keep_layout, quantization_config, unpacking
+from axolotl.model.quantize import (
+    check_prequantized,
+    keep_layout,
+    pack_in_place,
+    quantization_config,
+    unpacking,
+)
 from axolotl.model.tokenizer import explain_load_failure
 
 if TYPE_CHECKING:
@@ -69,7 +75,7 @@ def load_model(
     if seed is not None:
         set_seed(seed)
     if model.reinit_weights:
-        loaded = _from_nothing(cls, config, model, tokenizer, dtype, attn_implementation, device)
+        loaded = _from_nothing(cls, config, model, adapter, tokenizer, dtype, attn_implementation, device)
     else:
         loaded = _from_files(cls, config, model, adapter, dtype, attn_implementation, device, place)
     _fit_vocabulary(loaded, model, adapter, tokenizer, training, adapter_dir)
@@ -247,6 +253,7 @@ def _from_nothing(
     cls: Any,
     config: transformers.PretrainedConfig,
     model: ModelSection,
+    adapter: AdapterSection,
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     attn_implementation: str | None,
@@ -257,14 +264,30 @@ def _from_nothing(
     options: dict[str, Any] = {"dtype": dtype}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    if hasattr(cls, "from_config"):
-        if model.trust_remote_code:
-            options["trust_remote_code"] = True
-        built = cls.from_config(config, **options)
-    else:
-        built = cls._from_config(config, **options)
-    note(f"The weights start at random (`reinit_weights`): {built.num_parameters():,} parameters.")
-    return built.to(device)
+    if hasattr(cls, "from_config") and model.trust_remote_code:
+        options["trust_remote_code"] = True
+    build = getattr(cls, "from_config", None) or cls._from_config
+    packing = quantization_config(model, adapter, dtype)
+    try:
+        # On the device itself, numbers are drawn in a moment and RAM stays empty.
+        with torch.device(device):
+            built = build(config, **options)
+        note(f"The weights start at random (`reinit_weights`): {built.num_parameters():,} parameters.")
+        if packing is not None:
+            pack_in_place(built, packing)
+    except torch.OutOfMemoryError as error:
+        raise _too_large(model, device, error) from None
+    # As loading leaves it.
+    built.eval()
+    return built.to(device) if packing is None else built
+
+
+def _too_large(model: ModelSection, device: str, error: Exception) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"`base_model: {model.base_model}` does not fit into the memory of {device}: {str(error).splitlines()[0]}",
+        "Hold it in fewer bits (`load_in_4bit: true` with `adapter: qlora`), or use a larger GPU.",
+        code="AX1402",
+    )
 
 
 def _from_files(
@@ -302,11 +325,7 @@ def _from_files(
     try:
         loaded, info = cls.from_pretrained(source, **options)
     except torch.OutOfMemoryError as error:
-        raise EnvironmentProblem(
-            f"`base_model: {model.base_model}` does not fit into the memory of {device}: {str(error).splitlines()[0]}",
-            "Hold it in fewer bits (`load_in_4bit: true` with `adapter: qlora`), or use a larger GPU.",
-            code="AX1402",
-        ) from None
+        raise _too_large(model, device, error) from None
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
         raise ModelError(
             explain_load_failure(error, "base_model", model.base_model, "weights", place)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from torch import nn
+from transformers.quantizers import AutoHfQuantizer
 
 from axolotl.console import note
 from axolotl.errors import EnvironmentProblem, ModelError, Problem
@@ -99,6 +101,35 @@ def quantization_config(
                 keys=("bnb_config_kwargs",),
             )
         ) from None
+
+
+def pack_in_place(model: transformers.PreTrainedModel, config: transformers.BitsAndBytesConfig) -> None:
+    """Holds the linear layers of a model that was built, not loaded, in 4 or 8 bits, as loading would have.
+
+    Raises EnvironmentProblem where transformers is too old to do so.
+    """
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    if not hasattr(quantizer, "get_quantize_ops"):
+        raise EnvironmentProblem(
+            "`reinit_weights: true` in 4 or 8 bits needs transformers 5 or newer.",
+            "Install it, or delete `load_in_4bit` and `load_in_8bit`.",
+        )
+    before = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    quantizer.preprocess_model(model, device_map=None)
+    operation = quantizer.get_quantize_ops()
+    for name in list(before):
+        old, new = before.pop(name), model.get_submodule(name)
+        if new is old:
+            continue
+        key = f"{name}.weight"
+        packed = operation.convert({key: old.weight.detach()}, full_layer_name=key, model=model)
+        for written, value in packed.items():
+            setattr(new, written.rpartition(".")[2], value)
+        if old.bias is not None:
+            new.bias = old.bias
+    model.hf_quantizer = quantizer  # type: ignore[assignment]
+    quantizer.postprocess_model(model)
+    keep_layout(model)
 
 
 def check_prequantized(
