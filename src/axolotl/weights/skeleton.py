@@ -12,12 +12,11 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,6 +29,7 @@ from axolotl.errors import ModelError
 from axolotl.model.adapter_files import check_adapter_fits
 from axolotl.model.embeddings import mean_row
 from axolotl.model.files import ADAPTER_WEIGHTS
+from axolotl.weights.deferred import DeferredAdapter
 
 # Kinds whose layers merge on their own; the others go through PEFT with the whole model in memory.
 _LAYERWISE = frozenset(
@@ -158,22 +158,20 @@ class Skeleton:
             f"{n}.weight" for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and m is not head
         )
         check_adapter_fits(self.model, folder, peft_config)
+        peft_config = copy.deepcopy(peft_config)
         peft_config.inference_mode = True
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            self.peft_model = PeftModel.from_pretrained(
-                self.model,
-                str(folder),
-                config=peft_config,
-                low_cpu_mem_usage=True,
-                torch_device="cpu",
-            )
-        if any("missing adapter keys" in str(w.message) for w in said):
+        self.deferred = DeferredAdapter(folder)
+        self.deferred.refuse_not_finite()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.peft_model: Any = get_peft_model(self.model, peft_config, low_cpu_mem_usage=True)
+            missing = self.deferred.load_into(self.peft_model)
+        if missing:
             raise ModelError(
-                f"`{folder / ADAPTER_WEIGHTS}` lacks some of the adapter's weights.",
+                f"`{folder / ADAPTER_WEIGHTS}` lacks {len(missing)} of the adapter's weights, such as `{missing[0]}`.",
                 "The adapter was not saved to its end: use an earlier checkpoint.",
             )
-        self._refuse_not_finite(folder)
+        self.peft_model.eval()
 
     def _empty_weights(self) -> None:
         """Gives every weight its shape and no memory. Tied weights stay tied."""
@@ -183,16 +181,6 @@ class Skeleton:
                 if id(parameter) not in made:
                     made[id(parameter)] = _placeholder(parameter.shape)
                 module._parameters[name] = made[id(parameter)]
-
-    def _refuse_not_finite(self, folder: Path) -> None:
-        for name, parameter in self.peft_model.named_parameters():
-            if is_placeholder(parameter) or parameter.is_meta:
-                continue
-            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-                raise ModelError(
-                    f"The adapter `{folder}` holds numbers that are not finite, in `{name}`.",
-                    "The training run diverged: merge an earlier checkpoint.",
-                )
 
     def changes(self) -> Iterator[Change]:
         """Everything that the adapter changes. Raises NotLayerwiseError for a module that PEFT merges differently."""
@@ -209,7 +197,7 @@ class Skeleton:
                 and not parameter.is_meta
             ):
                 # the adapter's file holds it whole, as it does the embeddings of a larger vocabulary
-                yield given({plain: parameter.data})
+                yield self._given({plain: parameter})
 
     def _changed_modules(self) -> Iterator[Change]:
         inside: list[str] = []
@@ -220,7 +208,7 @@ class Skeleton:
                 continue
             if isinstance(module, ModulesToSaveWrapper):
                 inside.append(name)
-                yield _replacement(name, module)
+                yield self._replacement(name, module)
             elif isinstance(module, TrainableTokensWrapper):
                 inside.append(name)
                 layer = module.token_adapter
@@ -243,14 +231,15 @@ class Skeleton:
 
         def compute(read: ReadTensor, dtypes: Mapping[str, torch.dtype], check: bool) -> Computed:
             base = layer.get_base_layer()
+            before_merge = dict(base._parameters)
             for short, name in zip(names, full, strict=True):
                 present = base._parameters[short]
-                value = read(name) if is_placeholder(present) else present.data.clone()
+                value = read(name) if is_placeholder(present) else self.deferred.value(present).clone()
                 if value is None:
                     raise NotLayerwiseError(f"the base model's files have no tensor `{name}`")
                 base._parameters[short] = nn.Parameter(value, requires_grad=False)
             difference = None
-            with torch.no_grad():
+            with torch.no_grad(), self.deferred.present(layer):
                 inputs = _inputs_for(base) if check and checkable else None
                 before = layer(inputs) if inputs is not None else None
                 layer.merge(safe_merge=False, adapter_names=[NAME])
@@ -263,13 +252,30 @@ class Skeleton:
                         base._parameters[short] = nn.Parameter(result[name].float(), requires_grad=False)
                     after = base(inputs)
                     difference = float((after - before).abs().max() / before.abs().max().clamp_min(1e-12))
-            for short, name in zip(names, full, strict=True):
-                base._parameters[short] = _placeholder(result[name].shape)
+            base._parameters.update(before_merge)
             layer.merged_adapters.clear()
             getattr(layer, "_caches", {}).clear()
             return result, difference
 
-        return Change(full, compute, tied, partial(LowRank.of, layer) if is_plain_lora(layer) else None)
+        def low_rank() -> LowRank:
+            with self.deferred.present(layer):
+                return LowRank.of(layer)
+
+        return Change(full, compute, tied, low_rank if is_plain_lora(layer) else None)
+
+    def _replacement(self, name: str, module: ModulesToSaveWrapper) -> Change:
+        own = module.modules_to_save[NAME].state_dict(keep_vars=True)
+        return self._given({f"{name}.{k}": v for k, v in own.items()})
+
+    def _given(self, values: Mapping[str, torch.Tensor]) -> Change:
+        """A change to tensors that the adapter holds whole."""
+        return Change(
+            tuple(values),
+            lambda _, dtypes, __: (
+                {n: self.deferred.value(v).to(dtypes[n]) for n, v in values.items()},
+                None,
+            ),
+        )
 
 
 def is_plain_lora(layer: Any) -> bool:
@@ -281,17 +287,6 @@ def is_plain_lora(layer: Any) -> bool:
         and not layer.lora_bias[NAME]
         and not layer.fan_in_fan_out
         and is_placeholder(layer.get_base_layer().weight)
-    )
-
-
-def _replacement(name: str, module: ModulesToSaveWrapper) -> Change:
-    return given({f"{name}.{k}": v for k, v in module.modules_to_save[NAME].state_dict().items()})
-
-
-def given(values: Mapping[str, torch.Tensor]) -> Change:
-    """A change to tensors that are there already."""
-    return Change(
-        tuple(values), lambda _, dtypes, __: ({n: v.to(dtypes[n]) for n, v in values.items()}, None)
     )
 
 
