@@ -1,20 +1,15 @@
-"""The conversation's commands, the batch that goes on where it stopped, and the page."""
+"""The conversation's commands, and the batch that goes on where it stopped."""
 
 from __future__ import annotations
 
 import io
-import itertools
 import json
-import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from axolotl.config.output import OutputSection
-from axolotl.errors import DataError, EnvironmentProblem
-from axolotl.inference import ui
+from axolotl.errors import DataError
 from axolotl.inference.batch import run_batch
 from axolotl.inference.chat import Chat, Shown, run_chat, without_thinking
 from axolotl.inference.generate import Sampling
@@ -208,66 +203,3 @@ def test_files_of_others_are_left_alone(loaded: Loaded, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="was not written by this command"):
         run_batch(loaded, source, tmp_path / "notes.jsonl", Sampling())
     assert source.read_text() == before
-
-
-def test_the_pages_answer_grows_and_can_be_stopped(loaded: Loaded) -> None:
-    ask = [{"role": "user", "content": "hi"}]
-    grown = list(ui.answers(loaded, ask, Sampling(max_new_tokens=20), threading.Event()))
-    assert grown[-1] == TEXT
-    assert all(b.startswith(a) for a, b in itertools.pairwise(grown))
-    stop = threading.Event()
-    stream = ui.answers(loaded, ask, Sampling(max_new_tokens=20), stop)
-    next(stream)
-    stream.close()
-    assert stop.is_set()
-    told = list(ui.answers(loaded, [{"role": "user", "content": "x " * 9000}], Sampling(), threading.Event()))
-    assert "context holds" in told[-1]
-
-
-class FakePage:
-    """Stands in for gradio: remembers how it was called."""
-
-    def __init__(self) -> None:
-        self.calls: dict[str, Any] = {}
-        self.respond: Any = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> FakePage:
-        return self
-
-    def __enter__(self) -> FakePage:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        return
-
-    def launch(self, **options: Any) -> tuple[None, str, None]:
-        self.calls = options
-        return None, "http://127.0.0.1:7860/", None
-
-    def chat_interface(self, respond: Any, **_: Any) -> None:
-        self.respond = respond
-
-
-def fake_gradio() -> tuple[Any, FakePage]:
-    page = FakePage()
-    page.queue = page  # type: ignore[attr-defined]
-    parts = dict.fromkeys(("Blocks", "Markdown", "Textbox", "Slider"), page)
-    return SimpleNamespace(**parts, ChatInterface=page.chat_interface), page
-
-
-def test_the_page_stays_on_this_machine(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, page = fake_gradio()
-    monkeypatch.setattr(ui, "require_extra", lambda *_: module)
-    ui.serve_page(loaded, OutputSection(), Sampling(), block=False)
-    assert (page.calls["server_name"], page.calls["share"]) == ("127.0.0.1", False)
-    history = [
-        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
-        {"role": "assistant", "content": "yes"},
-    ]
-    assert list(page.respond("hi", history, "Be terse.", 0.0, 1.0, 20))[-1] == TEXT
-
-
-def test_a_missing_gradio_names_the_extra(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(EnvironmentProblem, match="gradio"):
-        ui.serve_page(loaded, OutputSection(), Sampling())

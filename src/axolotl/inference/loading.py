@@ -36,6 +36,16 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
 @dataclass(frozen=True)
+class Trained:
+    """Where trained weights are: an adapter for the base model, or a whole model; neither means the bare base."""
+
+    adapter: Path | None = None
+    model: Path | None = None
+    alone: bool = False
+    """The base model is meant as it is: it is another than the adapter's, such as a merged one."""
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A model ready to answer: with its tokenizer, the maker of its prompts, and what ends an answer."""
 
@@ -44,16 +54,8 @@ class Loaded:
     prompter: Prompter
     stops: Stops
     source: str
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Where trained weights are: an adapter for the base model, or a whole model; neither means the bare base."""
-
-    adapter: Path | None = None
-    model: Path | None = None
-    alone: bool = False
-    """The base model is meant as it is: it is another than the adapter's, such as a merged one."""
+    trained: Trained = Trained()
+    """Which weights were put on the base model, or in its place."""
 
 
 def find_trained(model: ModelSection, adapter: AdapterSection, output_dir: str | Path) -> Trained:
@@ -144,7 +146,7 @@ def load_trained(
         loaded = load_adapter(base, trained.adapter, allow_pickle=bool(model.trust_remote_code))
     stops = find_stops(tokenizer, stop_ids(base, tokenizer), prompter.stop_tokens())
     source = f"{model.base_model} + {trained.adapter}" if trained.adapter is not None else model.base_model
-    return Loaded(loaded.eval(), tokenizer, prompter, stops, source)
+    return Loaded(loaded.eval(), tokenizer, prompter, stops, source, trained)
 
 
 def _say_untrained(

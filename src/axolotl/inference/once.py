@@ -48,7 +48,12 @@ def answer_once(loaded: Loaded, question: str, sampling: Sampling, *, system: st
     return answer
 
 
+def speed_of(answer: Answer) -> str:
+    """One line about an answer: its tokens, how fast they came, and why it ended where that is not its own doing."""
+    ended = {"stop": "", "length": "; cut off at max_new_tokens", "cancelled": "; stopped"}[answer.finish]
+    return f"{answer.tokens} tokens in {answer.seconds:.1f} s ({answer.speed:.1f} tokens/s{ended})"
+
+
 def say_speed(answer: Answer) -> None:
     """One line about an answer, on stderr."""
-    ended = {"stop": "", "length": "; cut off at max_new_tokens", "cancelled": "; stopped"}[answer.finish]
-    note(f"{answer.tokens} tokens in {answer.seconds:.1f} s ({answer.speed:.1f} tokens/s{ended})")
+    note(speed_of(answer))

@@ -11,9 +11,11 @@ from axolotl.errors import ConfigError
 from axolotl.inference.batch import run_batch
 from axolotl.inference.chat import run_chat
 from axolotl.inference.generate import Sampling
-from axolotl.inference.loading import load_trained
+from axolotl.inference.loading import Loaded, load_trained
 from axolotl.inference.once import answer_once, read_question
-from axolotl.inference.ui import serve_page
+from axolotl.inference.sides import Sides
+from axolotl.inference.ui import check_place, serve_page
+from axolotl.registry import require_extra
 from axolotl.run.ready import ready, told_with_places
 
 
@@ -36,6 +38,15 @@ def inference(
     """
     hardware = detect_hardware()
     cfg = ready(cfg, hardware)
+    if gradio:
+        page = {
+            "temperature": cfg.output.gradio_temperature,
+            "max_new_tokens": cfg.output.gradio_max_new_tokens,
+        }
+        sampling = {
+            **sampling,
+            **{name: value if sampling.get(name) is None else sampling[name] for name, value in page.items()},
+        }
     chosen = Sampling(**{name: value for name, value in sampling.items() if value is not None})
     if (input_file is None) != (output_file is None):
         raise ConfigError(
@@ -49,11 +60,20 @@ def inference(
             f"`{given[0]}` and `{given[1]}` are two ways to ask: only one can be had at a time.",
             "Leave one of them out.",
         )
+    if gradio:
+        require_extra("gradio", "gradio", "`--gradio`")
+        check_place(cfg.output)
     alone = not (chat or gradio or input_file)
     question = read_question(prompt, prompt_file) if alone else None
-    loaded = load_trained(cfg.model, cfg.adapter, cfg.data, hardware, cfg.output.output_dir)
+
+    def load(**options: Any) -> Loaded:
+        return load_trained(cfg.model, cfg.adapter, cfg.data, hardware, cfg.output.output_dir, **options)
+
+    loaded = load()
     if gradio:
-        serve_page(loaded, cfg.output, chosen)
+        tuned = loaded.trained.adapter or loaded.trained.model
+        sides = Sides(loaded, (lambda: load(untrained=True)) if tuned else None)
+        serve_page(sides, cfg.output, chosen, system=system or "")
     elif input_file and output_file:
         run_batch(loaded, input_file, output_file, chosen)
     elif question is None:
