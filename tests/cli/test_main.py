@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from axolotl import __version__
-from axolotl.cli.main import cli, split_arguments
+from axolotl.cli.arguments import split_arguments
+from axolotl.cli.main import cli
 from axolotl.cli.overrides import parse_overrides
 from axolotl.errors import DataError
 
