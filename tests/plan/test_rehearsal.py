@@ -17,8 +17,11 @@ from axolotl.config.adapter import AdapterSection
 from axolotl.config.kernels import KernelsSection
 from axolotl.config.model import ModelSection
 from axolotl.config.optim import OptimSection
+from axolotl.config.train import TrainSection
 from axolotl.kernels import norms
 from axolotl.kernels.triton_language import runs_on
+from axolotl.model.recompute import Recompute, apply_recompute
+from axolotl.model.replace import Replacements
 from axolotl.optim.build import build_optimizer
 from axolotl.plan.fused import fuse
 from axolotl.plan.ledger import BLOCK_BYTES, Usage
@@ -75,7 +78,7 @@ def real_model(path: Path, adapter: AdapterSection, attention: str, recompute: b
         )
     if recompute:
         inner = model.get_base_model() if adapter.adapter else model
-        inner.gradient_checkpointing_enable({"use_reentrant": False})
+        apply_recompute(inner, Recompute(), torch.device("cpu"), Replacements())
     return model.train()
 
 
@@ -101,7 +104,7 @@ def saved_bytes(model: Any) -> int:
 def rehearsed_bytes(path: Path, adapter: AdapterSection, attention: str, recompute: bool) -> int:
     """What is alive after the forward pass of a rehearsal beyond what was there before it."""
     model = build_skeleton(section(path), adapter, CPU, "eager" if attention == "eager" else ATTENTION)
-    with Rehearsal(model, Manner(recompute=recompute)) as rehearsal:
+    with Rehearsal(model, Manner(train=TrainSection(gradient_checkpointing=recompute))) as rehearsal:
         before = rehearsal.ledger.usage.live
         found: list[int] = []
         with rehearsal.ledger.during("forward", "temporary"), rehearsal._context():
@@ -282,7 +285,7 @@ def test_memory_grows_in_a_straight_line_with_depth(
 
     def phases(depth: int) -> dict[str, int]:
         skeleton = build_skeleton(section(path), adapter, CPU, ATTENTION, depth=depth)
-        with Rehearsal(skeleton, Manner(recompute=recompute)) as rehearsal:
+        with Rehearsal(skeleton, Manner(train=TrainSection(gradient_checkpointing=recompute))) as rehearsal:
             rehearsal.step(Batch(2, 256))
         return rehearsal.ledger.usage.by_phase
 
@@ -345,3 +348,29 @@ def test_the_peaks_that_were_measured(point: dict[str, Any], tmp_path: Path) -> 
     assert peak == pytest.approx(point["peak_gib"], rel=0.005)
     if point["step_seconds"]:
         assert seconds == pytest.approx(point["step_seconds"], rel=0.15)
+
+
+def test_each_way_of_recomputing_is_counted(tmp_path: Path) -> None:
+    """Less is alive at the peak, the less is kept; what waits elsewhere is not counted."""
+    path = folder(tmp_path, "llama")
+
+    def peak(kernels: KernelsSection | None = None, **keys: Any) -> int:
+        skeleton = build_skeleton(section(path), LORA, CPU, ATTENTION, depth=6)
+        manner = Manner(train=TrainSection(**keys), kernels=kernels or KernelsSection())
+        with Rehearsal(skeleton, manner) as rehearsal:
+            rehearsal.step(Batch(1, 8192))
+        return rehearsal.ledger.usage.peak.total
+
+    kept = peak()
+    one, four = peak(gradient_checkpointing=1), peak(gradient_checkpointing=4)
+    selective = peak(gradient_checkpointing=True, selective_checkpointing=True)
+    every = peak(gradient_checkpointing=True)
+    away = peak(gradient_checkpointing=True, activation_offloading="hidden_states")
+    assert kept > one > four > every > away
+    assert four > selective > every
+    # Of four layers computed again the inputs are kept, and of two everything.
+    assert kept - one == pytest.approx((kept - four) / 4, rel=0.05)
+    tiled = peak(KernelsSection(tiled_mlp=True, tiled_mlp_num_shards=8))
+    assert tiled < kept
+    both = {"gradient_checkpointing": True, "activation_offloading": True}
+    assert peak(KernelsSection(tiled_mlp=True, tiled_mlp_num_shards=8), **both) < away

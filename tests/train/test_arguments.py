@@ -34,15 +34,12 @@ def test_values_arrive(config):
         "max_grad_norm": 0.5,
         "seed": 7,
         "logging_steps": 5,
-        "gradient_checkpointing": True,
         "neftune_noise_alpha": 2.0,
     }
     args, _ = build(config(**keys))
     assert args.per_device_train_batch_size == 3
     assert args.gradient_accumulation_steps == 4
     assert (args.max_grad_norm, args.seed, args.data_seed, args.logging_steps) == (0.5, 7, 7, 5)
-    assert args.gradient_checkpointing
-    assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
     assert args.neftune_noise_alpha == 2.0
     assert args.max_steps == 15
     assert args.use_cpu
@@ -100,10 +97,10 @@ def test_an_argument_that_this_version_lacks_is_left_out(config):
     class Old:
         output_dir: str
         max_steps: int
-        gradient_checkpointing: bool = False
+        max_grad_norm: float = 1.0
 
-    args, _ = build(config(gradient_checkpointing=True), arguments_class=Old)
-    assert args == Old(str(config().output.output_dir), 15, True)
+    args, _ = build(config(max_grad_norm=0.5), arguments_class=Old)
+    assert args == Old(str(config().output.output_dir), 15, 0.5)
     assert "save_safetensors" in FIXED
 
 

@@ -61,12 +61,12 @@ class KernelsSection(Section):
     """Strength of that weighing."""
     eaft_k: PositiveInt = later("entropy-aware losses", 20)
     """Likeliest tokens from which entropy is estimated."""
-    tiled_mlp: bool | None = idle(KERNELS)
-    """Compute feed-forward layers in pieces along the row: long contexts in less memory."""
-    tiled_mlp_num_shards: PositiveInt | None = idle(KERNELS)
-    """Number of these pieces."""
-    tiled_mlp_use_original_mlp: bool = idle(KERNELS, True)
-    """Use the model's own feed-forward code for the pieces."""
+    tiled_mlp: bool | None = None
+    """Compute feed-forward layers in tiles of tokens: long contexts in less memory; unset: where it costs nothing."""
+    tiled_mlp_num_shards: PositiveInt | None = None
+    """Number of these tiles; by default as many as have 4,096 tokens each."""
+    tiled_mlp_use_original_mlp: bool = True
+    """Send the tiles through the model's own feed-forward code, or through its kernel; else through the plain formula."""
     dsv4_fp4_grouped_mode: Text | None = later(MOE)
     """Mode of DeepSeek V4's 4-bit grouped products."""
     dsv4_fp8_nonexpert_mode: Text | None = later(MOE)

@@ -124,7 +124,7 @@ DATASET_RENAMED = {
     "message_field_content": "message_property_mappings",
     "train_on_split": "split",
 }
-OFFLOADING = ("offload", "offload_disk", "unsloth")
+OFFLOADING = ("offload", "offload_disk", "unsloth", "selective")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 OLD_KEYS = frozenset(

@@ -161,9 +161,13 @@ class Renaming:
             self.warn(("gc_steps",), "is two keys today: `torch_empty_cache_steps` and `gc_collect_steps`.")
 
     def gradient_checkpointing(self) -> None:
-        """`offload`, `offload_disk` and `unsloth` are what activation_offloading does."""
+        """`selective` and `offload` are short for another key; `offload_disk` and `unsloth` are old names."""
         way = self.values.get("gradient_checkpointing")
-        if way in OFFLOADING:
+        if way == "selective":
+            self.values["gradient_checkpointing"] = True
+            if not self.values.get("selective_checkpointing"):
+                self.move("gradient_checkpointing", "selective_checkpointing", True)
+        elif way in OFFLOADING:
             self.values["gradient_checkpointing"] = True
             if self.values.get("activation_offloading") is None:
                 self.move(
@@ -171,8 +175,10 @@ class Renaming:
                     "activation_offloading",
                     "disk" if way == "offload_disk" else True,
                 )
-            self.warn(
-                ("gradient_checkpointing",),
-                f"`{way}` is called `activation_offloading` today.",
-                "Write `gradient_checkpointing: true` and `activation_offloading: true` instead.",
-            )
+            if way != "offload":
+                to = "disk" if way == "offload_disk" else "true"
+                self.warn(
+                    ("gradient_checkpointing",),
+                    f"`{way}` is called `activation_offloading: {to}` today.",
+                    f"Write `gradient_checkpointing: true` and `activation_offloading: {to}` instead.",
+                )

@@ -54,7 +54,7 @@ class SelectiveCheckpointing(Block):
     """Which results are kept instead of computed again."""
 
     save: list[Text] = Field(default_factory=lambda: ["attention"])
-    """Operations whose results are kept."""
+    """What is kept: `attention`, `matmul` (all linear layers), or names of linear layers such as `o_proj`."""
     save_sliding_window: bool = False
     """Also keep the results of sliding-window attention."""
     recompute_layer_types: list[Text] | None = None
@@ -124,14 +124,14 @@ class TrainSection(Section):
     """Options of accelerate, such as how batches are dispatched."""
 
     # Memory and speed
-    gradient_checkpointing: Literal["auto"] | bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, more time; `auto`: if need be."""
+    gradient_checkpointing: Literal["auto"] | PositiveInt | bool = False
+    """Compute layers again in the backward pass instead of keeping what they hold: less memory, more time; a number: only so many layers; `auto`: as many as need be."""
     gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    """Options of that, such as use_reentrant."""
-    selective_checkpointing: bool | SelectiveCheckpointing = later("selective checkpointing", False)
-    """Keep the costly results and compute only the cheap ones again."""
+    """Options of PyTorch's own checkpoints, such as use_reentrant, which then take the place of ours."""
+    selective_checkpointing: bool | SelectiveCheckpointing = False
+    """Keep the costly results, by default those of attention, and compute only the cheap ones again."""
     activation_offloading: Literal["legacy", "disk", "hidden_states"] | bool = False
-    """Keep activations in CPU memory or on disk until the backward pass needs them."""
+    """Where layer inputs wait for the backward pass: CPU memory, disk; `hidden_states`: they alone, `legacy`: copied while the GPU waits."""
     layer_offloading: bool = later("layer offloading", False)
     """Keep frozen layers in CPU memory until they are needed."""
     torch_compile: Literal["auto"] | bool | None = None

@@ -200,9 +200,8 @@ def _manner(cfg: Config, parameters: Parameters) -> Manner:
     )
     return Manner(
         autocast,
-        recompute=bool(train.gradient_checkpointing),
-        reentrant=bool((train.gradient_checkpointing_kwargs or {}).get("use_reentrant")),
-        offload=bool(train.activation_offloading),
+        train=train,
+        kernels=cfg.kernels,
         accumulates=train.gradient_accumulation_steps > 1,
         state_bytes=parameters.state.device,
         double_quantised=double_quantised(cfg.model),

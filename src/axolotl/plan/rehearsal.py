@@ -10,9 +10,10 @@ Shapes: B rows, T tokens of a row, H heads, G key/value heads, D width of a head
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +22,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 
+from axolotl.config.kernels import KernelsSection
+from axolotl.config.train import TrainSection
 from axolotl.model.embeddings import embedding_rows
+from axolotl.model.replace import Replacements
+from axolotl.model.sparing import spare_memory
 from axolotl.plan.fused import silent_programs
 from axolotl.plan.ledger import Ledger
 from axolotl.plan.skeleton import packed_bytes, packed_layers
@@ -58,10 +63,9 @@ class Manner:
     """How the step is done."""
 
     autocast: torch.dtype | None = None
-    recompute: bool = False
-    reentrant: bool = False
-    offload: bool = False
-    """Saved tensors wait in CPU memory."""
+    train: TrainSection = field(default_factory=TrainSection)
+    kernels: KernelsSection = field(default_factory=KernelsSection)
+    """What is computed again, tiled or moved away: `axolotl.model.sparing` reads it."""
     accumulates: bool = False
     """Gradients of earlier micro batches are there when the forward pass begins."""
     state_bytes: int = 0
@@ -129,6 +133,49 @@ def _rehearsed_attention(
 AttentionInterface.register(ATTENTION, _rehearsed_attention)
 
 
+class _Away:
+    """A place that takes no memory of the GPU. As the real one does, it holds the last tensor until the next comes, and
+    brings the one before back while another is used."""
+
+    def __init__(self) -> None:
+        self.order: list[weakref.ref[_Waiting]] = []
+        self.leaving: tuple[_Waiting, torch.Tensor] | None = None
+
+    def put(self, tensor: torch.Tensor) -> _Waiting:
+        ticket = _Waiting(self, tensor)
+        self.leaving = ticket, tensor
+        self.order.append(weakref.ref(ticket))
+        return ticket
+
+
+class _Waiting:
+    def __init__(self, park: _Away, tensor: torch.Tensor) -> None:
+        self.park, self.shape, self.dtype = park, tensor.shape, tensor.dtype
+        self.here: torch.Tensor | None = None
+
+    def fetch(self) -> None:
+        if self.here is None:
+            self.here = torch.empty(self.shape, dtype=self.dtype)
+
+    def get(self) -> torch.Tensor:
+        park, order = self.park, self.park.order
+        if park.leaving is not None and park.leaving[0] is self:
+            # It has not left yet.
+            self.here = park.leaving[1]
+        park.leaving = None
+        self.fetch()
+        while order and (last := order.pop()()) is not self:
+            if last is not None and last.here is None:
+                order.append(weakref.ref(last))
+                break
+        before = order[-1]() if order else None
+        if before is not None:
+            before.fetch()
+        here, self.here = self.here, None
+        assert here is not None
+        return here
+
+
 class Rehearsal:
     """A model on fake tensors, ready to go through steps. Use it as a context."""
 
@@ -185,13 +232,9 @@ class Rehearsal:
         model, manner = self.model, self.manner
         base = model.get_base_model() if self._has_adapter() else model
         base.config.use_cache = False
-        if manner.recompute:
-            turn_on = (
-                getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-            )
-            turn_on({"use_reentrant": manner.reentrant})
-            if manner.reentrant:
-                base.enable_input_require_grads()
+        away = _Away() if manner.train.activation_offloading else None
+        cpu = torch.device("cpu")
+        self.spared = spare_memory(base, manner.train, manner.kernels, cpu, Replacements(), park=away)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._book_gradient)
@@ -272,17 +315,10 @@ class Rehearsal:
         with ExitStack() as stack:
             if self.manner.autocast is not None:
                 stack.enter_context(torch.autocast("cpu", self.manner.autocast))
-            if self.manner.offload:
-                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._away, self._back))
+            hooks = self.spared.hooks()
+            if hooks is not None:
+                stack.enter_context(hooks)
             yield
-
-    def _away(self, tensor: torch.Tensor) -> Any:
-        if isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad):
-            return tensor
-        return tensor.shape, tensor.dtype
-
-    def _back(self, kept: Any) -> torch.Tensor:
-        return kept if isinstance(kept, torch.Tensor) else torch.empty(kept[0], dtype=kept[1])
 
     @property
     def vocabulary(self) -> int:

@@ -52,10 +52,6 @@ TABLE: tuple[Row, ...] = (
     Row("max_grad_norm", ("max_grad_norm",)),
     Row("neftune_noise_alpha", ("neftune_noise_alpha",)),
     Row("fp16", ("fp16",)),
-    Row("gradient_checkpointing", ("activation_checkpointing", "gradient_checkpointing")),
-    Row(
-        "gradient_checkpointing_kwargs", ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
-    ),
     Row("torch_compile", ("torch_compile",)),
     Row("torch_compile_backend", ("torch_compile_backend",)),
     Row("torch_compile_mode", ("torch_compile_mode",)),

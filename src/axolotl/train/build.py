@@ -26,7 +26,9 @@ from axolotl.errors import ModelError, Problem
 from axolotl.methods.registry import Method, method_of
 from axolotl.model.attention import AttentionChoice, choose_attention, set_attention
 from axolotl.model.patch import Bench, apply_kernels
+from axolotl.model.recompute import recompute_of
 from axolotl.model.replace import Replacements
+from axolotl.model.sparing import in_words, spare_memory
 from axolotl.registry import require_extra
 from axolotl.train.advice import LossAdvice
 from axolotl.train.anomalies import SpikeWatch
@@ -133,7 +135,6 @@ def build_trainer(
         run_id=_run_id(output_dir, resume),
         plan=batches.digest(),
         autocast=torch.bfloat16 if cfg.model.bf16 in (True, "full") else None,
-        offload=bool(cfg.train.activation_offloading),
         interrupted=lambda: signals() or limit(),
         asked=asked(cfg),
     )
@@ -156,8 +157,13 @@ def build_trainer(
     if resume is not None and has_to_evaluate(resume, cadence):
         arguments.eval_on_start = True
     tracked, arguments.report_to = list(arguments.report_to or []), []
-    _ready_for_training(inner, cfg)
+    inner.config.use_cache = False
     parts.replaced = _fused(inner, cfg)
+    device = next(inner.parameters()).device
+    parts.recomputing = spare_memory(
+        inner, cfg.train, cfg.kernels, device, parts.replaced, output_dir=output_dir
+    )
+    parts.run["recompute"] = in_words(recompute_of(cfg.train), parts.recomputing)
     trainer = _trainer_class(method)(
         model=model,
         args=arguments,
@@ -251,15 +257,6 @@ def _packing_problem(model: PreTrainedModel, choice: AttentionChoice) -> Problem
     )
 
 
-def _ready_for_training(model: PreTrainedModel, cfg: Config) -> None:
-    model.config.use_cache = False
-    if cfg.train.gradient_checkpointing and (cfg.train.gradient_checkpointing_kwargs or {}).get(
-        "use_reentrant"
-    ):
-        # Reentrant checkpoints only carry gradients to layers whose input has one; frozen embeddings give none.
-        model.enable_input_require_grads()
-
-
 def _fused(model: PreTrainedModel, cfg: Config) -> Replacements:
     """Gives the model the kernels that the config asks for."""
     distributed = cfg.distributed
@@ -349,3 +346,5 @@ def _say(cfg: Config, trainer: Any, attention: AttentionChoice) -> None:
         rows = f"{len(batches.rows):,} rows, {volume.tokens_per_epoch:,} tokens{packed}"
         note(f"{rows}: {steps} in {volume.epochs:.4g} epochs.")
     detail(f"attention: {attention.name} ({attention.reason})")
+    if words := trainer.parts.run["recompute"]:
+        note(f"{words[0].upper()}{words[1:]}.")

@@ -29,6 +29,7 @@ from axolotl.data.packing import Volume
 from axolotl.data.types import IGNORE_INDEX
 from axolotl.distributed.world import peak_memory_bytes, world
 from axolotl.errors import AxolotlError, DataError
+from axolotl.model.recompute import Recomputing
 from axolotl.model.replace import Replacements
 from axolotl.optim.build import build_optimizer, build_schedule
 from axolotl.train.anomalies import SpikeWatch
@@ -68,8 +69,8 @@ class Parts:
     """Digest of the first epoch's plan."""
     autocast: torch.dtype | None = None
     """Number type that the model computes in, where it is not that of its weights."""
-    offload: bool = False
-    """Keep what the backward pass needs in CPU memory."""
+    recomputing: Recomputing = field(default_factory=Recomputing)
+    """What is computed again in the backward pass, and what waits elsewhere."""
     replaced: Replacements = field(default_factory=Replacements)
     """What kernels have replaced in the model."""
     interrupted: Callable[[], bool] = field(default=lambda: False)
@@ -151,8 +152,9 @@ class TrainerMixin(Saving, Steps, _Base):
         device = self.args.device.type
         if self.parts.autocast is not None:
             stack.enter_context(torch.autocast(device, self.parts.autocast))
-        if self.parts.offload and device == "cuda" and torch.is_grad_enabled():
-            stack.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=True))
+        away = self.parts.recomputing.hooks() if torch.is_grad_enabled() else None
+        if away is not None:
+            stack.enter_context(away)
         return stack
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from axolotl.config.rules import adapter, data, devices, loss, plugins, schedule, streaming, unread
+from axolotl.config.rules import adapter, data, devices, loss, memory, plugins, schedule, streaming, unread
 from axolotl.config.rules.rulebook import RULES, Rule, broken_rules, rule
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "data",
     "devices",
     "loss",
+    "memory",
     "plugins",
     "rule",
     "schedule",

@@ -146,63 +146,6 @@ def eight_bit_base_is_for_lora(cfg: Config) -> Iterator[Problem]:
             yield conflict(f"`lora_fp8_base` {why}.", "Keep one of them.", "lora_fp8_base", other)
 
 
-@rule("tiled_mlp", "liger_glu_activation", "tiled_mlp_use_original_mlp")
-def tiles_and_fused_activations(cfg: Config) -> Iterator[Problem]:
-    """The replaced feed-forward layer would undo the fused activation."""
-    kernels = cfg.kernels
-    if kernels.tiled_mlp and kernels.liger_glu_activation and not kernels.tiled_mlp_use_original_mlp:
-        yield conflict(
-            "`tiled_mlp` without `tiled_mlp_use_original_mlp` undoes `liger_glu_activation`.",
-            "Set `tiled_mlp_use_original_mlp: true`.",
-            "tiled_mlp",
-            "liger_glu_activation",
-            "tiled_mlp_use_original_mlp",
-        )
-
-
-@rule("torch_compile_options", "torch_compile_mode", "torch_compile")
-def compile_options_need_compiling(cfg: Config) -> Iterator[Problem]:
-    """Options of torch.compile do nothing without it, and exclude its modes."""
-    train = cfg.train
-    if train.torch_compile_options and not train.torch_compile:
-        yield conflict(
-            "`torch_compile_options` needs `torch_compile`.",
-            "Set `torch_compile: true`.",
-            "torch_compile_options",
-            "torch_compile",
-        )
-    if train.torch_compile_options and train.torch_compile_mode:
-        yield conflict(
-            "`torch_compile_options` and `torch_compile_mode` exclude each other.",
-            "Keep one of them.",
-            "torch_compile_options",
-            "torch_compile_mode",
-        )
-
-
-@rule("gradient_checkpointing_kwargs", "gradient_checkpointing")
-def checkpointing_options_need_checkpointing(cfg: Config) -> Iterator[Problem]:
-    """Its options do nothing without it."""
-    if cfg.train.gradient_checkpointing_kwargs and not cfg.train.gradient_checkpointing:
-        yield warning(
-            "`gradient_checkpointing_kwargs` has no effect without `gradient_checkpointing`.",
-            "Set `gradient_checkpointing: true`.",
-            "gradient_checkpointing_kwargs",
-        )
-
-
-@rule("activation_offloading", "gradient_checkpointing")
-def offloading_needs_checkpointing(cfg: Config) -> Iterator[Problem]:
-    """What is offloaded are the activations at the checkpoints."""
-    if cfg.train.activation_offloading and not cfg.train.gradient_checkpointing:
-        yield conflict(
-            "`activation_offloading` needs `gradient_checkpointing`.",
-            "Set `gradient_checkpointing: true`.",
-            "activation_offloading",
-            "gradient_checkpointing",
-        )
-
-
 @rule("fp32_norms", "fp32_norm_classes", "fsdp_config", "fsdp_version")
 def float32_norms_are_a_matter_of_fsdp(cfg: Config) -> Iterator[Problem]:
     """Only FSDP 2 can hold some modules in another precision."""

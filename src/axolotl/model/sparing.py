@@ -1,0 +1,66 @@
+"""What a run does to need less memory: tiled feed-forward layers, layers that are computed again, activations elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from axolotl.config.kernels import KernelsSection
+from axolotl.config.train import TrainSection
+from axolotl.console import note
+from axolotl.model.park import Park
+from axolotl.model.recompute import Recompute, Recomputing, apply_recompute, recompute_of
+from axolotl.model.replace import Replacements
+from axolotl.model.tiles import tile_feed_forward
+
+FOLDER = ".activations"
+"""Where `activation_offloading: disk` writes, inside output_dir."""
+
+
+def spare_memory(
+    model: PreTrainedModel,
+    train: TrainSection,
+    kernels: KernelsSection,
+    device: torch.device,
+    made: Replacements,
+    *,
+    output_dir: Path | None = None,
+    park: Park | None = None,
+) -> Recomputing:
+    """Gives a model with its kernels what the keys ask for; undone with `made`.
+
+    `model` is transformers' model without PEFT's wrapper. `output_dir` is where `disk` writes; `park` stands for another
+    place than the keys name. Raises ModelError where the model has no layers that can be computed again.
+    """
+    how = recompute_of(train)
+    tiles, asked = kernels.tiled_mlp_num_shards, kernels.tiled_mlp
+    # In a layer that is computed again, a fused LoRA layer would be gone through twice: its tiles are gone through once.
+    fused_alone = asked is None and how is not None and how.own and how.layers is None
+    if asked or fused_alone:
+        count = tile_feed_forward(
+            model, made, tiles, original=kernels.tiled_mlp_use_original_mlp, replaced_only=fused_alone
+        )
+        if asked and not count:
+            note(f"`tiled_mlp`: {type(model).__name__} has no feed-forward layers that can be tiled.")
+    folder = None
+    if how is not None and how.place == "disk" and output_dir is not None and park is None:
+        folder = output_dir / FOLDER
+        # What a run left behind that was killed.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        made.undoing(lambda: shutil.rmtree(folder, ignore_errors=True))
+    return apply_recompute(model, how, device, made, folder=folder, park=park)
+
+
+def in_words(how: Recompute | None, done: Recomputing) -> str:
+    """What was done, for the log; empty where nothing was."""
+    if how is None:
+        return ""
+    words = f"{done.recomputed} of {done.layers} layers are computed again in the backward pass"
+    if done.kept:
+        words += f", the results of {', '.join(how.keeps)} kept"
+    places = {"host": "in CPU memory", "plain": "in CPU memory", "disk": "on disk"}
+    return words + (f"; what they need waits {places[how.place]}" if how.place else "")
