@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 from axolotl import console
@@ -46,23 +48,21 @@ def fitted(cfg: Config, gpu: Gpu, hardware: Hardware, memory: int, gpus: int | N
     asked = Question(resolved, gpu, hardware, layout, attention_for(resolved.model, resolved.data, hardware))
     judge = fit.remembered(asked.judge)
     depth = uniform_depth(load_model_config(cfg.model))
+    lines = [
+        fit.line(fit.changed(resolved, {"gradient_checkpointing": way}), judge, depth)
+        for way in ((False, True) if by_recompute else (resolved.train.gradient_checkpointing,))
+    ]
     found: list[tuple[float, dict[str, Any]]] = []
-    for recompute in (False, True) if by_recompute else (bool(train.gradient_checkpointing),):
-        trial = fit.changed(resolved, {"gradient_checkpointing": recompute})
-        line = fit.line(trial, judge, depth)
-        for micro, steps in (
-            fit.batches(resolved) if by_batch else [(train.rows_at_once, train.gradient_accumulation_steps)]
-        ):
-            if line.needed(micro, depth or 0) <= memory:
-                values: dict[str, Any] = {"gradient_checkpointing": recompute} if by_recompute else {}
-                if by_batch:
-                    values |= {"micro_batch_size": micro, "gradient_accumulation_steps": steps}
-                found.append((line.seconds(micro, depth or 0) * steps, values))
+    for micro, steps in (
+        fit.batches(resolved) if by_batch else [(train.rows_at_once, train.gradient_accumulation_steps)]
+    ):
+        more = {"micro_batch_size": micro, "gradient_accumulation_steps": steps} if by_batch else {}
+        for seconds, way in _ways(lines, micro, depth, memory):
+            found.append((seconds * steps, ({"gradient_checkpointing": way} if by_recompute else {}) | more))
     for _, values in sorted(found, key=lambda each: each[0])[:TRIED]:
-        trial = fit.changed(resolved, values)
-        needs = judge(trial, trial.train.rows_at_once, 0)
-        if needs.needed <= memory:
-            return _told(cfg, values, needs.needed, memory, rows)
+        confirmed = _confirmed(resolved, values, judge, memory, depth)
+        if confirmed is not None:
+            return _told(cfg, *confirmed, memory, rows)
     smallest = fit.changed(resolved, {"gradient_checkpointing": True} if by_recompute else {})
     needs = judge(smallest, smallest.train.rows_at_once, 0)
     keys = [k for k, on in (("micro_batch_size", by_batch), ("gradient_checkpointing", by_recompute)) if on]
@@ -77,12 +77,52 @@ def fitted(cfg: Config, gpu: Gpu, hardware: Hardware, memory: int, gpus: int | N
     )
 
 
+def _ways(
+    lines: list[fit.Line], micro: int, depth: int | None, memory: int
+) -> Iterator[tuple[float, int | bool]]:
+    """(seconds of a micro batch, `gradient_checkpointing`) of what fits by the small rehearsals.
+
+    Between keeping everything and computing all layers again, memory and time are straight lines in the number of
+    layers that are computed again.
+    """
+    needed = [line.needed(micro, depth or 0) for line in lines]
+    seconds = [line.seconds(micro, depth or 0) for line in lines]
+    for index, bytes_needed in enumerate(needed):
+        if bytes_needed <= memory:
+            yield seconds[index], bool(index)
+    if len(lines) == 2 and depth and needed[1] <= memory < needed[0]:
+        layers = math.ceil(depth * (needed[0] - memory) / (needed[0] - needed[1]))
+        if layers < depth:
+            yield seconds[0] + (seconds[1] - seconds[0]) * layers / depth, max(1, layers)
+
+
+def _confirmed(
+    cfg: Config, values: dict[str, Any], judge: fit.Judge, memory: int, depth: int | None
+) -> tuple[dict[str, Any], int] | None:
+    """The values with the bytes that they need by a whole rehearsal, if that fits; a few layers more may be needed."""
+    for _ in range(TRIED):
+        trial = fit.changed(cfg, values)
+        needed = judge(trial, trial.train.rows_at_once, 0).needed
+        if needed <= memory:
+            return values, needed
+        layers = values.get("gradient_checkpointing")
+        if isinstance(layers, bool) or layers is None or depth is None:
+            return None
+        more = layers + max(1, depth // 16)
+        values = values | {"gradient_checkpointing": True if more >= depth else more}
+    return None
+
+
 def _told(cfg: Config, values: dict[str, Any], needed: int, memory: int, rows: int) -> Config:
     fits = f"needs {needed / GIB:.1f} of {memory / GIB:.1f} GiB"
+    recompute = values.get("gradient_checkpointing")
+    why = "it would not fit without" if recompute is True else "there is room without"
+    if not isinstance(recompute, bool):
+        why = "it fits when so many layers are computed again"
     reasons = {
         "micro_batch_size": f"auto: the fastest that fits ({fits})",
         "gradient_accumulation_steps": f"auto: a step keeps its {rows} rows",
-        "gradient_checkpointing": f"auto: {'it would not fit without' if values.get('gradient_checkpointing') else 'there is room without'} ({fits})",
+        "gradient_checkpointing": f"auto: {why} ({fits})",
     }
     for key, value in values.items():
         console.note(f"{key}: {str(value).lower()} ({reasons[key]})")
