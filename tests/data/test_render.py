@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from axolotl.config.data import DataSection, DatasetEntry
 from axolotl.data.encode import Encoder
 from axolotl.data.render import Renderer, build_renderer
-from axolotl.data.templates import template_names
+from axolotl.data.templates import ChatTemplate, template_names
 from axolotl.data.types import (
     Completion,
     Conversation,
@@ -227,6 +227,57 @@ def test_an_empty_answer_trains_its_stop_token() -> None:
         Conversation([Message("user", "q"), Message("assistant", "")]),
     )
     assert trained_stretches(QWEN_STYLE, row) == ["<|im_end|>"]
+
+
+def test_an_empty_answer_that_the_template_opens_otherwise_trains_its_stop_token() -> None:
+    """exaone4 writes an empty thinking block before answers with text only, and the end of a turn as a text here."""
+    r = renderer("tiny-llama3", {"chat_template": "exaone4"})
+    turns = [Message("user", "q"), Message("assistant", ""), Message("user", "p"), Message("assistant", "a")]
+    value = Conversation(turns)
+    trace = r.chat.template.trace(value, r.chat.variables)
+    keep, _ = r.chat.ranges(value, trace)
+    assert [trace.text[a:b] for a, b in keep] == ["[|endofturn|]", "a", "[|endofturn|]"]
+
+
+def test_text_that_is_written_after_the_results_of_calls_has_its_stop_token_trained() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"k": "v"}}}
+    turns = [
+        Message("user", "q"),
+        Message("assistant", "so", {"tool_calls": [call]}),
+        Message("tool", "4", {"tool_call_id": "1"}),
+        Message("assistant", "z"),
+    ]
+    value = Conversation(turns)
+    r = renderer("tiny-llama3", {"chat_template": "gemma4"})
+    trace = r.chat.template.trace(value, r.chat.variables)
+    keep, _ = r.chat.ranges(value, trace)
+    written = "".join(trace.text[a:b] for a, b in keep)
+    assert written.endswith("<tool_call|><|tool_response>so<turn|>z<turn|>")
+
+
+@pytest.mark.parametrize("template", ["command_a", "qwen2_vl", "llama4", "chatml", "qwen3"])
+def test_a_null_content_beside_calls_is_an_empty_text(template: str) -> None:
+    """As APIs write it. `None` would be trained, or the row refused."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"k": "v"}}}
+    rows = [
+        Conversation([Message("user", "q"), Message("assistant", content, {"tool_calls": [call]})])
+        for content in (None, "")
+    ]
+    null, empty = renderer("tiny-llama3", {"chat_template": template}).render_batch(rows)
+    assert null == empty
+    assert isinstance(null, list)
+
+
+def test_a_template_that_asks_for_null_is_given_null() -> None:
+    """DeepSeek's own template writes calls where the content is null only."""
+    source = (
+        "{% for m in messages %}{% if m['content'] is none %}calls{% else %}{{ m['content'] }}{% endif %}</s>"
+        "{% endfor %}"
+    )
+    template = ChatTemplate("t", source)
+    message = Message("assistant", None, {"tool_calls": []})
+    assert template.trace(Conversation([Message("user", "q"), message]), {}).text == "q</s>calls</s>"
+    assert template.render([{"role": "assistant", "content": None}]) == "calls</s>"
 
 
 def test_a_template_that_ends_no_turn_is_an_error_unless_none_is_written() -> None:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _CONTROL_LIKE = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>|<(?:start|end)_of_turn>|\[/?INST\]|\[\|[a-z]+\|\]")
 
 
+_UNFINISHED = re.compile(r"[<\[][^<>\[\]\s]*$")
+
+
 def choose_template(tokenizer: Any, data: DataSection, entry: DatasetEntry | None = None) -> ChatTemplate:
     """The chat template of a dataset: its own, else the global one, else the tokenizer's."""
     chosen, text = _named_template(data, entry)
@@ -61,6 +64,11 @@ def template_variables(tokenizer: Any, data: DataSection) -> dict[str, Any]:
     return {"bos_token": "", "eos_token": "", **tokens, **(data.chat_template_kwargs or {})}
 
 
+def _shared_start(a: str, b: str) -> str:
+    differing = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return a[: next(differing, min(len(a), len(b)))]
+
+
 class ChatRenderer:
     """Renders conversations with one chat template, and knows what ends a turn there."""
 
@@ -75,7 +83,7 @@ class ChatRenderer:
         on_eos: When = entry.train_on_eos or "turn"
         on_eot: When = entry.train_on_eot or on_eos
         self.notes: Counter[str] = Counter()
-        self.probe, self.opening = self._probe()
+        self.probe, self.openings = self._probe()
         literal = self._literal()
         guard = entry.special_tokens_in_content != "parse"
         self.encoder = Encoder(tokenizer, steering_tokens(tokenizer, literal))
@@ -86,7 +94,7 @@ class ChatRenderer:
             train_on_eos=on_eos,
             train_on_eot=on_eot,
             control=self.encoder.control_pattern,
-            opening=self.opening,
+            openings=self.openings,
         )
         self.stops = {*self.stop_tokens(), *self.rule.eot, tokenizer.eos_token}
 
@@ -95,8 +103,8 @@ class ChatRenderer:
         [Message("system", "Axsystem"), Message("user", "Axquestion"), Message("assistant", "Axanswer")],
     )
 
-    def _probe(self) -> tuple[Trace | None, str]:
-        """A two-turn conversation as the template writes it, and what opens an assistant's turn."""
+    def _probe(self) -> tuple[Trace | None, tuple[str, ...]]:
+        """A two-turn conversation as the template writes it, and what opens an assistant's turn, longest first."""
         for messages in self._PROBES:
             try:
                 trace = self.template.trace(Conversation(messages), self.variables)
@@ -106,8 +114,33 @@ class ChatRenderer:
                 ).text
             except RowProblem:
                 continue
-            return trace, opened[len(asked) :] if opened.startswith(asked) else ""
-        return None, ""
+            found = {opened[len(asked) :]} - {""} if opened.startswith(asked) else set()
+            return trace, tuple(sorted(found | self._headers(messages), key=len, reverse=True))
+        return None, ()
+
+    def _headers(self, messages: list[Message]) -> set[str]:
+        """What stands before an answer: one that is the last or is not, one with text or without."""
+        found: set[str] = set()
+        for answer in ("Axanswer", ""):
+            both = Message("assistant", answer)
+            try:
+                trace = self.template.trace(
+                    Conversation([*messages[:-1], both, messages[-2], both]), self.variables
+                )
+            except RowProblem:
+                continue
+            for turn in (len(messages) - 1, len(messages) + 1):
+                begin = next((a for a, _, t, _ in trace.own if t == turn), None)
+                content = next((a for a, _, source in trace.runs if source.turn == turn), None)
+                if begin is None or (content is None and answer):
+                    continue
+                if content is not None:
+                    found.add(trace.text[begin:content])
+                else:  # as far as it is the same without text, up to a whole word of the template
+                    text = trace.text[begin:]
+                    alike = [_shared_start(header, text) for header in found]
+                    found |= {_UNFINISHED.sub("", each) for each in alike}
+        return found - {""}
 
     def _literal(self) -> str:
         """The words of the template itself in the probe."""

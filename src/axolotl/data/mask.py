@@ -25,7 +25,7 @@ class StopRule:
     """What ends a turn, and when that is trained.
 
     `eos` is the tokenizer's EOS text; `eot` the end-of-turn texts that the user named; `control` finds every control
-    token of the vocabulary; `opening` is what the template writes to open an assistant's turn.
+    token of the vocabulary; `openings` are the texts with which the template opens an assistant's turn, longest first.
     """
 
     eos: str | None
@@ -33,7 +33,12 @@ class StopRule:
     train_on_eos: When
     train_on_eot: When
     control: re.Pattern[str] | None
-    opening: str = ""
+    openings: tuple[str, ...] = ()
+
+    def opened(self, text: str, at: int) -> int | None:
+        """Where the words end that open an assistant's turn at `at`; None where no such turn begins there."""
+        opening = next((o for o in self.openings if text.startswith(o, at)), None)
+        return None if opening is None else at + len(opening)
 
     def when(self, stop: str) -> When:
         """When this stop token is trained."""
@@ -44,13 +49,15 @@ class StopRule:
 class Turn:
     """Where one turn stands in a rendered text: what came from it, and the stop token after it (None: there is none).
 
-    `reach`: where its text ends before the stop token.
+    `reach`: where its text ends before the stop token. `late`: from the end of text that the template wrote only after
+    the results of the turn's calls, to the end of the stop token after that.
     """
 
     spans: list[tuple[int, int]]
     masked: list[tuple[int, int]]
     stop: tuple[int, int] | None = None
     reach: int = 0
+    late: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -102,8 +109,7 @@ def locate_turns(trace: Trace, count: int, tool_turns: Sequence[bool], rule: Sto
     seen = {s.turn for s in stretches}
     for turn, (begin, _) in regions.items():
         # a turn without any text of its own still ends, right after what opens it
-        if turn not in seen and rule.opening and text.startswith(rule.opening, begin):
-            at = begin + len(rule.opening)
+        if turn not in seen and (at := rule.opened(text, begin)) is not None:
             stretches.append(_Stretch(turn, at, at, at))
     stretches.sort(key=lambda s: s.reach)
     final = {s.turn: i for i, s in enumerate(stretches) if s.home}
@@ -114,9 +120,7 @@ def locate_turns(trace: Trace, count: int, tool_turns: Sequence[bool], rule: Sto
         if start is not None:
             end = stretch.end
             if stretch.home and region and turn in calls:
-                opens = calls[turn][0][0]
-                if rule.opening and text.startswith(rule.opening, region[0]):
-                    opens = max(opens, region[0] + len(rule.opening))
+                opens = max(calls[turn][0][0], rule.opened(text, region[0]) or 0)
                 start = min(start, opens)
                 if final[turn] != index:
                     # content follows the calls: their closing words belong to them all the same
@@ -126,6 +130,11 @@ def locate_turns(trace: Trace, count: int, tool_turns: Sequence[bool], rule: Sto
             tail_end = region[1] if region else len(text) if is_last else _begin(stretches[index + 1])
             turns[turn].reach = stretch.reach
             turns[turn].stop = _find_stop(text, stretch.reach, tail_end, len(text), is_last, rule)
+        elif not stretch.home and tool_turns[turn] and start is not None:
+            tail_end = len(text) if is_last else _begin(stretches[index + 1])
+            tail_end = min([tail_end, *(b for a, b in regions.values() if a <= start < b)])
+            stop = _find_stop(text, stretch.reach, tail_end, len(text), False, rule)
+            turns[turn].late = stop and (stretch.reach, stop[1])
     return turns
 
 
@@ -175,6 +184,7 @@ def trained_ranges(
             if wanted and stop is not None:
                 # the words between content and stop token (a closing tag, say) are the turn's as well
                 keep.append((turn.reach, stop[1]))
+                keep.extend([turn.late] if turn.late else [])
         elif wanted and stop is not None:
             keep.append(stop)
     return sorted(k for k in keep if k[1] > k[0]), sorted(drop)

@@ -12,6 +12,7 @@ import difflib
 import functools
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -152,11 +153,16 @@ class Trace:
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 
 
+_NULL_TEST = re.compile(r"(?<!\w)content['\"]?\]?\s*(is\s+(not\s+)?|[!=]=\s*)none\b", re.IGNORECASE)
+
+
 class ChatTemplate:
     """One chat template. `name` is how the user called it, `text` its Jinja source. Raises DataError if it is not Jinja."""
 
     def __init__(self, name: str, text: str) -> None:
         self.name, self.text = name, text
+        self.tests_null = _NULL_TEST.search(text) is not None
+        """Whether it asks if a content is null. Others would write `None`, or fail, where a turn only makes calls."""
         env = environment()
         try:
             self._plain = env.from_string(text)
@@ -182,7 +188,10 @@ class ChatTemplate:
     ) -> str:
         """The text of a conversation. Raises jinja2.TemplateError where the template refuses it."""
         text = self._plain.render(
-            messages=[dict(m) for m in messages],
+            messages=[
+                {**m, "content": ""} if m.get("content", "") is None and not self.tests_null else dict(m)
+                for m in messages
+            ],
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             **variables,
@@ -192,7 +201,9 @@ class ChatTemplate:
     def trace(self, conversation: Conversation, variables: dict[str, Any]) -> Trace:
         """The text of a conversation with the origin of each character. Raises RowProblem where the template refuses it."""
         sources: list[Source] = []
-        messages = [_traced_message(i, m, sources) for i, m in enumerate(conversation.messages)]
+        messages = [
+            _traced_message(i, m, sources, self.tests_null) for i, m in enumerate(conversation.messages)
+        ]
         pen = Pen()
         given = {
             "messages": messages,
@@ -240,7 +251,7 @@ def _in_words(error: Exception) -> str:
     return text
 
 
-def _traced_message(turn: int, message: Message, sources: list[Source]) -> TurnDict:
+def _traced_message(turn: int, message: Message, sources: list[Source], null: bool) -> TurnDict:
     def tag(kind: str, trained: bool | None = None) -> int:
         sources.append(Source(turn, kind, trained))
         return len(sources) - 1
@@ -271,7 +282,7 @@ def _traced_message(turn: int, message: Message, sources: list[Source]) -> TurnD
     elif content is not None:
         made["content"] = _traced_parts(content, tag("content"))
     else:
-        made["content"] = content
+        made["content"] = None if null else Traced.whole("", tag("content"))
     for key, value in message.fields.items():
         if value is None:
             continue
