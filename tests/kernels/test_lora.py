@@ -102,7 +102,7 @@ def test_weights_that_the_optimizer_changed_are_used():
     parts = layers(6, [5, 4], [2, 2])
     group = group_of(parts, True)
     x = torch.randn(3, 6, requires_grad=True)
-    optimizer = torch.optim.SGD(group.parameters, lr=0.5)
+    optimizer = torch.optim.SGD(group.parameters, lr=0.05)
     for _ in range(3):
         expected = twin_of(parts)(x, *group.parameters)
         found = lora_linears(x, group)

@@ -322,7 +322,8 @@ def test_several_gpus_divide_what_their_strategy_says(
 
 
 def test_layouts_are_read_from_the_config(write: Callable[..., Path]) -> None:
-    cfg = load_config(write(tensor_parallel_size=2, dp_shard_size=2), verb="plan")
+    keys = {"fsdp_config": {"fsdp_version": 2}, "tensor_parallel_size": 2, "dp_shard_size": 2}
+    cfg = load_config(write(**keys), verb="plan")
     layout = layout_of(cfg.distributed, None, 1)
     assert (layout.gpus, layout.tensor, layout.shards, layout.copies) == (4, 2, 2, 2)
     assert layout_of(load_config(write()).distributed, None, 8).gpus == 1

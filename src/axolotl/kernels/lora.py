@@ -20,6 +20,11 @@ from axolotl.kernels.gates import gated_backward, gated_into, plain_gated
 from axolotl.kernels.triton_language import compute_dtype
 
 
+def place(tensor: torch.Tensor) -> int:
+    """Where a tensor's numbers lie, by which it is seen that it was moved."""
+    return tensor.data_ptr()
+
+
 class LoraGroup:
     """Adapted linear layers that share their input: frozen weights, adapters and scalings.
 
@@ -51,7 +56,7 @@ class LoraGroup:
 
     def low(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A [R,K] of all layers, and s B [N,R] with each layer's block in its place, in this type."""
-        made = (dtype, self._passes, *((p.data_ptr(), p._version) for p in self.parameters))
+        made = (dtype, self._passes, *((place(p), p._version) for p in self.parameters))
         if made != self._made or self._low is None:
             with torch.no_grad():
                 a = torch.cat([p.detach().to(dtype) for p in self.a])

@@ -5,13 +5,14 @@ A layer that does not fit keeps PEFT's own code, with a line that says why.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from axolotl.kernels import lora
 from axolotl.kernels.fp8 import EightBit, EightBitStack
 from axolotl.kernels.frozen import Dense, Frozen
 from axolotl.kernels.lora import LoraGroup, lora_linears, lora_mlp
@@ -23,8 +24,8 @@ EIGHT_BIT = "_axolotl_eight_bit"
 """Attribute of a linear layer whose weight is held in 8-bit floats."""
 
 
-def misfit(layer: nn.Module) -> str:
-    """Why a layer keeps PEFT's code; empty where it can take ours."""
+def misfit(layer: nn.Module, frozen: Callable[[Any], bool] | None = None) -> str:
+    """Why a layer keeps PEFT's code; empty where it can take ours. `frozen` says which frozen layers can."""
     if not isinstance(layer, LoraLayer):
         return "not every layer of the group has an adapter"
     active = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -43,13 +44,18 @@ def misfit(layer: nn.Module) -> str:
         return "its adapter has a bias or transposed weights"
     if base.weight.requires_grad or (getattr(base, "bias", None) is not None and base.bias.requires_grad):
         return "its own weights are trained"
+    return "" if (frozen or _reached)(base) else f"its frozen layer is a {type(base).__name__}"
+
+
+def _reached(base: Any) -> bool:
+    """Whether the numbers of a frozen layer can be reached by our products."""
     if type(base) is nn.Linear:
-        return ""
+        return True
     try:
         from_bitsandbytes(base.weight)
     except (AttributeError, ValueError, RuntimeError):
-        return f"its frozen layer is a {type(base).__name__}"
-    return ""
+        return False
+    return True
 
 
 class Group:
@@ -61,23 +67,23 @@ class Group:
         bases = [each.get_base_layer() for each in self.layers]
         self.weights: list[torch.Tensor] = [each.weight for each in bases]
         a = [each.lora_A[self.name].weight for each in self.layers]
-        base: Frozen
-        if all(hasattr(each, EIGHT_BIT) for each in bases):
-            base = EightBitStack([getattr(each, EIGHT_BIT) for each in bases])
-        elif all(type(each) is nn.Linear for each in bases):
-            dense = Dense(self.weights, sum(each.shape[0] for each in a) if fold else 0)
-            made.undoing(self._release)
-            base = dense
-        else:
-            base = FourBitStack([from_bitsandbytes(each.weight) for each in bases])
+        room = sum(each.shape[0] for each in a) if fold else 0
         self.lora = LoraGroup(
-            base,
+            self._frozen(bases, room, made),
             a,
             [each.lora_B[self.name].weight for each in self.layers],
             [each.scaling[self.name] for each in self.layers],
             [getattr(each, "bias", None) for each in bases],
         )
-        self._places = [w.data_ptr() for w in self.weights]
+        self._places = [lora.place(w) for w in self.weights]
+
+    def _frozen(self, bases: list[Any], room: int, made: Replacements) -> Frozen:
+        if all(hasattr(each, EIGHT_BIT) for each in bases):
+            return EightBitStack([getattr(each, EIGHT_BIT) for each in bases])
+        if all(type(each) is nn.Linear for each in bases):
+            made.undoing(self._release)
+            return Dense(self.weights, room)
+        return FourBitStack([from_bitsandbytes(each.weight) for each in bases])
 
     def begin_with(self, decoder: nn.Module, made: Replacements) -> None:
         """Has every pass of this module begin a pass of the group."""
@@ -91,10 +97,10 @@ class Group:
 
     def ready(self) -> bool:
         """False while the adapter is off or merged, another one is active, or the weights have moved."""
-        for layer, place, weight in zip(self.layers, self._places, self.weights, strict=True):
+        for layer, before, weight in zip(self.layers, self._places, self.weights, strict=True):
             if layer.disable_adapters or layer.merged or list(layer.active_adapters) != [self.name]:
                 return False
-            if weight.data_ptr() != place:
+            if lora.place(weight) != before:
                 return False
         return True
 

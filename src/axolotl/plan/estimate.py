@@ -13,7 +13,7 @@ from axolotl.config.resolve import Hardware
 from axolotl.errors import ModelError, UserError
 from axolotl.model.attention import AttentionChoice
 from axolotl.optim.groups import is_embedding
-from axolotl.plan.fused import fuse
+from axolotl.plan.fused import fuse, on_tensors
 from axolotl.plan.gpus import GIB, Gpu
 from axolotl.plan.layout import Layout
 from axolotl.plan.ledger import Account, Usage
@@ -116,7 +116,7 @@ def requirement(
     manner = _manner(cfg, parameters)
     batch, usual = _shared(batch, layout), _shared(usual or batch, layout)
     try:
-        with Rehearsal(model, manner) as rehearsal:
+        with Rehearsal(model, manner, on_tensors(inner, cfg.kernels)) as rehearsal:
             rehearsal.step(batch)
             rehearsal.forget_gradients()
             usage, work = rehearsal.ledger.usage, rehearsal.ledger.account

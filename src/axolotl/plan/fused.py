@@ -1,12 +1,11 @@
 """Our kernels in a rehearsal: the same operations with the same tensors kept, and programs that start nothing.
 
-Where a kernel is for layers that a rehearsal cannot tell by their numbers, they are told by their structure. LoRA's
-kernels are left out: PEFT's own code, which keeps more, stands in their place.
+Where a kernel is for layers that a rehearsal cannot tell by their numbers, they are told by their structure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +17,7 @@ from axolotl.kernels import cross_entropy, gates, norms, rotary
 from axolotl.model.fused_loss import fuse_loss, unfit
 from axolotl.model.replace import Replacements, with_global
 from axolotl.model.shapes import GatedMlp, activation_of, rotary_of
+from axolotl.plan.fused_lora import fuse_lora, places_without_content
 from axolotl.plan.ledger import Ledger
 
 _LOSSES = (
@@ -27,7 +27,7 @@ _LOSSES = (
     "liger_cross_entropy",
     "flash_attn_cross_entropy",
 )
-_LEFT_OUT = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "lora_fp8_base")
+_OF_LORA = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 _FILES: tuple[Any, ...] = (cross_entropy, gates, norms, rotary)
 
 
@@ -48,12 +48,17 @@ def fuse(model: Any, kernels: KernelsSection) -> tuple[str, ...]:
                 made.forward(module, forward)
         if kernels.liger_glu_activation and (mlp := _mlp(module)) is not None:
             made.forward(module, _gated_forward(mlp))
-    left = [key for key in _LEFT_OUT if getattr(kernels, key)]
-    if not left:
+    if not kernels.lora_fp8_base:
         return ()
-    return (
-        f"{', '.join(f'`{key}`' for key in left)}: planned as PEFT's own code, which needs more memory and time.",
-    )
+    return ("`lora_fp8_base`: planned with 16-bit weights, which need more memory and time.",)
+
+
+def on_tensors(model: Any, kernels: KernelsSection) -> Callable[[], None]:
+    """What gives a skeleton the kernels that move weights, to be called once these have (fake) memory."""
+    if not any(getattr(kernels, key) for key in _OF_LORA):
+        return lambda: None
+    mlps = [(module, mlp) for module in model.modules() if (mlp := _mlp(module)) is not None]
+    return lambda: fuse_lora(model, kernels, mlps)
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
@@ -113,7 +118,8 @@ def silent_programs(ledger: Ledger) -> Iterator[None]:
             file.runs_on = lambda x: True
             file.programs = lambda name: _Silent(ledger)
         cross_entropy.CHUNK_LOGITS["cpu"] = chunk["cuda"]
-        yield
+        with places_without_content():
+            yield
     finally:
         for file, name, value in before:
             setattr(file, name, value)

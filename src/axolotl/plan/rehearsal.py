@@ -11,7 +11,7 @@ Shapes: B rows, T tokens of a row, H heads, G key/value heads, D width of a head
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -177,11 +177,15 @@ class _Waiting:
 
 
 class Rehearsal:
-    """A model on fake tensors, ready to go through steps. Use it as a context."""
+    """A model on fake tensors, ready to go through steps. Use it as a context.
 
-    def __init__(self, model: nn.Module, manner: Manner) -> None:
+    `arrange` is called once the weights have their memory.
+    """
+
+    def __init__(self, model: nn.Module, manner: Manner, arrange: Callable[[], None] = lambda: None) -> None:
         self.model: Any = model
         self.manner = manner
+        self._arrange = arrange
         self.ledger = Ledger()
         self._stack = ExitStack()
 
@@ -192,6 +196,7 @@ class Rehearsal:
         self._stack.enter_context(silent_programs(self.ledger))
         with self.ledger.during("start", "weights"):
             self._materialise()
+            self._arrange()
         if self.manner.state_bytes:
             with self.ledger.during("start", "optimizer"):
                 self._state = torch.empty(self.manner.state_bytes, dtype=torch.uint8)
@@ -228,9 +233,13 @@ class Rehearsal:
     def _has_adapter(self) -> bool:
         return hasattr(self.model, "peft_config")
 
+    @property
+    def _inner(self) -> Any:
+        """The model without PEFT's wrapper."""
+        return self.model.get_base_model() if self._has_adapter() else self.model
+
     def _prepare(self) -> None:
-        model, manner = self.model, self.manner
-        base = model.get_base_model() if self._has_adapter() else model
+        model, manner, base = self.model, self.manner, self._inner
         base.config.use_cache = False
         away = _Away() if manner.train.activation_offloading else None
         cpu = torch.device("cpu")
@@ -322,8 +331,7 @@ class Rehearsal:
 
     @property
     def vocabulary(self) -> int:
-        base = self.model.get_base_model() if self._has_adapter() else self.model
-        return embedding_rows(base)
+        return embedding_rows(self._inner)
 
 
 _IN_FLOAT32 = ("layer_norm", "softmax", "log_softmax", "group_norm")

@@ -1,0 +1,102 @@
+"""LoRA's kernels in a rehearsal: the same groups of layers as in a run, with frozen weights that have no content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from axolotl.config.kernels import KernelsSection
+from axolotl.kernels import lora
+from axolotl.kernels.frozen import Frozen, stacked_gradient, stacked_product
+from axolotl.model.lora_layers import Group, fuse_linears, fuse_mlp, misfit
+from axolotl.model.replace import Replacements
+from axolotl.model.shapes import GatedMlp
+from axolotl.plan.skeleton import PackedLinear
+
+PROJECTIONS = {"lora_qkv_kernel": ("q_proj", "k_proj", "v_proj"), "lora_o_kernel": ("o_proj",)}
+
+
+class _Unpacked(Sequence[torch.Tensor]):
+    """Packed weights in 16 bits, each made when it is asked for."""
+
+    def __init__(self, layers: list[PackedLinear], dtype: torch.dtype) -> None:
+        self.layers, self.dtype = layers, dtype
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.layers[i].unpacked(self.dtype)
+
+
+class _PackedStack:
+    """Frozen packed weights that share their input; see `axolotl.kernels.frozen.Frozen`."""
+
+    wide: torch.Tensor | None = None
+
+    def __init__(self, layers: list[PackedLinear]) -> None:
+        self.layers = layers
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return stacked_product(x, _Unpacked(self.layers, x.dtype))
+
+    def gradient(self, dy: torch.Tensor) -> torch.Tensor:
+        return stacked_gradient(dy, _Unpacked(self.layers, dy.dtype))
+
+
+class _Planned(Group):
+    def _frozen(self, bases: list[Any], room: int, made: Replacements) -> Frozen:
+        if all(isinstance(each, PackedLinear) for each in bases):
+            return _PackedStack(bases)
+        return super()._frozen(bases, room, made)
+
+
+def _reached(base: Any) -> bool:
+    return type(base) is nn.Linear or (isinstance(base, PackedLinear) and base.bits == 4)
+
+
+def fuse_lora(model: Any, kernels: KernelsSection, mlps: list[tuple[nn.Module, GatedMlp]]) -> None:
+    """Gives a model on fake tensors the LoRA kernels that the keys ask for, where its layers take them.
+
+    `model` is transformers' model, without PEFT's wrapper; `mlps` are its gated feed-forward layers.
+    """
+    made = Replacements()
+
+    def group(layers: list[Any]) -> _Planned | None:
+        if any(not isinstance(each, nn.Module) or misfit(each, _reached) for each in layers):
+            return None
+        found = _Planned(layers, made, fold=True)
+        found.begin_with(model.base_model, made)
+        return found
+
+    if kernels.lora_mlp_kernel:
+        for module, mlp in mlps:
+            fits = all(
+                not misfit(each, _reached) for each in (mlp.gate, mlp.up, mlp.down) if each is not None
+            )
+            first = group([mlp.gate] if mlp.up is None else [mlp.gate, mlp.up]) if fits else None
+            down = group([mlp.down]) if fits else None
+            if first is not None and down is not None:
+                fuse_mlp(module, mlp, first, down, made, "")
+    for key, names in PROJECTIONS.items():
+        if getattr(kernels, key):
+            for module in list(model.modules()):
+                layers = [getattr(module, name, None) for name in names]
+                found = group(layers)
+                if found is not None:
+                    fuse_linears(found, made, "")
+
+
+@contextmanager
+def places_without_content() -> Iterator[None]:
+    """Inside, a tensor's place is that of its storage: fake tensors have no memory that could be pointed at."""
+    before = lora.place
+    try:
+        lora.place = lambda tensor: tensor.untyped_storage()._cdata
+        yield
+    finally:
+        lora.place = before
