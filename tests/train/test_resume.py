@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +138,51 @@ def test_a_longer_run_continues_a_finished_one(trainer):
     longer = trainer(tiny_model(), rows(8), None, folder, max_steps=6, save_steps=2, save_strategy="steps")
     assert train(longer, longer.cfg, folder).steps == 6
     assert [line["step"] for line in longer.state.log_history if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_was_made_of_earlier_weights_is_set_aside(trainer, capsys):
+    output = finished(trainer).parts.output_dir
+    assert not (output / "earlier").exists()
+    for round_ in ("earlier", "earlier-2"):
+        (output / "merged").mkdir()
+        (output / "merged" / "model.safetensors").write_text(round_)
+        (output / "evaluation.json").write_text("{}")
+        (output / "notes.txt").write_text("mine")
+        finished(trainer)
+        assert sorted(p.name for p in (output / round_).iterdir()) == ["evaluation.json", "merged"]
+        assert (output / round_ / "merged" / "model.safetensors").read_text() == round_
+        assert not (output / "merged").exists()
+        assert (output / "notes.txt").exists()
+        assert "`merged`, `evaluation.json` came from the weights" in " ".join(
+            capsys.readouterr().err.split()
+        )
+
+
+def test_a_head_that_is_the_embedding_is_not_called_missing(trainer, capsys):
+    def tied(seed):
+        model = tiny_model(seed=seed)
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        return model
+
+    keys = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps"}
+    run = trainer(tied(42), rows(8), **keys)
+    train(run, run.cfg)
+    folder = run.parts.output_dir / "checkpoint-2"
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    capsys.readouterr()
+    again = trainer(tied(5), rows(8), None, folder, **keys)
+    train(again, again.cfg, folder)
+    assert "missing" not in capsys.readouterr().err
+    assert again.model.lm_head.weight is again.model.model.embed_tokens.weight
+    ours, first = (r.model.state_dict() for r in (again, run))
+    assert all(torch.equal(ours[name], first[name]) for name in first)
+    again._issue_warnings_after_load(
+        SimpleNamespace(missing_keys=["lm_head.weight", "a"], unexpected_keys=["b"])
+    )
+    said = " ".join(capsys.readouterr().err.split())
+    assert "lacks 1 of the model's weights, such as `a`" in said
+    assert "has 1 weights that the model has not, such as `b`" in said
 
 
 def test_a_run_killed_before_the_final_weights_only_writes_them(trainer):

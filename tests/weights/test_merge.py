@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,6 +20,7 @@ from axolotl.model.adapter import load_adapter
 from axolotl.model.embeddings import resize_embeddings
 from axolotl.weights import merge as merging
 from axolotl.weights import verify
+from axolotl.weights.card import model_card
 from axolotl.weights.merge import bytes_to_write, merge
 from trained import CHATML, LLAMA, lora, section, train
 
@@ -124,6 +125,17 @@ def test_trained_tokenizer_template_and_configs_are_saved(tmp_path: Path) -> Non
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "rank: 4" in card
     assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize(("base", "public"), [("models/mine", False), ("nobody/hub-model", True)])
+def test_the_card_names_repositories_and_no_folders(
+    base: str, public: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    text = model_card(base, tmp_path / "adapter", LoraConfig(r=4), "float32", ())
+    assert (f"base_model: {base}\n" in text) is public
+    assert (f"`{base}`" in text) is public
 
 
 @pytest.fixture

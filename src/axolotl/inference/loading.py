@@ -80,7 +80,7 @@ def find_trained(model: ModelSection, adapter: AdapterSection, output_dir: str |
     for folder in (output, *checkpoints):
         if (folder / ADAPTER_CONFIG).is_file():
             recorded = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-            if recorded and not same_base(recorded, model.base_model):
+            if recorded and not same_base(recorded, model.base_model, folder):
                 note(
                     f"`{model.base_model}` is used alone: the adapter in `{folder}` belongs to `{recorded}`."
                 )

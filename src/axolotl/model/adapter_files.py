@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from axolotl.console import note, warn
 from axolotl.errors import ModelError, Problem
+from axolotl.model.base_identity import identify, recorded_identity
 from axolotl.model.embeddings import embedding_rows
 from axolotl.model.files import (
     ADAPTER_CONFIG,
@@ -204,10 +205,15 @@ def tell_other_base(folder: Path, base_model: str) -> None:
     """Warns where an adapter was trained on another base than the one it shall work on; raises ModelError where the
     two are of different architectures, though all shapes may fit."""
     recorded = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not recorded or same_base(recorded, base_model):
+    if not recorded:
+        return
+    known, here = recorded_identity(folder, recorded), identify(base_model)
+    if same_base(recorded, base_model, folder):
+        if known and here and known.architecture != here.architecture:
+            warn(f"`{base_model}/config.json` has changed since the adapter in `{folder}` was trained.")
         return
     message = f"The adapter in `{folder}` was trained on `{recorded}`, not on `{base_model}`"
-    kinds = [_architecture(name) for name in (recorded, base_model)]
+    kinds = [known.model_type if known else _architecture(recorded), here.model_type if here else None]
     if None not in kinds and kinds[0] != kinds[1]:
         raise ModelError(
             Problem(
@@ -218,18 +224,29 @@ def tell_other_base(folder: Path, base_model: str) -> None:
                 code="AX1202",
             )
         )
-    warn(f"{message}. That is right only where both are the same model under two names.")
+    if known and here and known.architecture != here.architecture:
+        warn(
+            f"{message}: the two differ in their `config.json`. Its answers will not be those of the training."
+        )
+    elif known and here and None not in (known.weights, here.weights):
+        warn(f"{message}: the two have different weights. Its answers will not be those of the training.")
+    else:
+        warn(f"{message}. That is right only where both are the same model under two names.")
 
 
 def _architecture(name: str) -> str | None:
-    folder = local_folder(name)
-    if folder is None or not (folder / "config.json").is_file():
-        return None
-    return str(read_json(folder / "config.json").get("model_type"))
+    found = identify(name)
+    return None if found is None else found.model_type
 
 
-def same_base(recorded: str, wanted: str) -> bool:
-    """Whether two names mean the same base model, as far as names and folders tell."""
+def same_base(recorded: str, wanted: str, adapter_dir: Path | None = None) -> bool:
+    """Whether two names mean the same base model: by its contents, where the run of the adapter wrote them down, else
+    as far as names and folders tell."""
+    known = recorded_identity(adapter_dir, recorded) if adapter_dir is not None else None
+    if known is not None and known.weights is not None:
+        here = identify(wanted)
+        if here is not None and here.weights is not None:
+            return (known.model_type, known.weights) == (here.model_type, here.weights)
     a, b = local_folder(recorded), local_folder(wanted)
     if a is not None and b is not None:
         return a.resolve() == b.resolve()

@@ -15,6 +15,7 @@ from axolotl.errors import EnvironmentProblem, UserError
 from axolotl.model.adapter import add_adapter
 from axolotl.model.adapter_files import tell_other_base
 from axolotl.model.attention import missing_backend
+from axolotl.model.base_identity import record_base
 from axolotl.model.load import load_model
 from axolotl.model.tokenizer import new_token_ids
 from axolotl.report.run import write_run_report
@@ -95,6 +96,8 @@ def train(cfg: Config) -> TrainResult:
             resume_from=before,
             seed=seed,
         )
+        if world().is_main:
+            record_base(Path(cfg.output.output_dir), cfg.model.base_model, model.peft_config["default"])
     carry_template(cfg, tokenizer)
     trainer = build_trainer(cfg, model, tokenizer, rows, held_out, hardware, resume=resume.folder)
     try:

@@ -38,6 +38,7 @@ from axolotl.train.checkpoint import (
     resume_folder,
     write_json,
 )
+from axolotl.train.earlier import set_aside
 from axolotl.train.progress import ProgressLine, RunLog, duration
 from axolotl.train.record import changed_config
 from axolotl.train.saving import is_disk_trouble, persistently
@@ -333,6 +334,7 @@ def _write_final(trainer: Trainer, cfg: Config, output_dir: Path) -> None:
     (aside / "axolotl_config.yml").write_text(cfg.resolved_yaml(), encoding="utf-8")
     (aside / "README.md").write_text(model_card(trainer, cfg), encoding="utf-8")
     flush_all(aside)
+    set_aside(output_dir)
     # A shard of earlier weights that the new ones do not replace would be loaded with them.
     for stale in (*output_dir.glob("model*.safetensors*"), *output_dir.glob("adapter_*")):
         if not (aside / stale.name).exists():

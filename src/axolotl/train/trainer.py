@@ -166,6 +166,18 @@ class TrainerMixin(Saving, Steps, _Base):
 
     # Optimizer
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Tells what a checkpoint lacks; a head that is the embedding is not stored, and nothing is lost by that."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        lacking = set(load_result.missing_keys)
+        there = {id(parameter) for key, parameter in named.items() if key not in lacking}
+        if missing := [key for key in load_result.missing_keys if id(named.get(key)) not in there]:
+            self.tell(f"The checkpoint lacks {len(missing)} of the model's weights, such as `{missing[0]}`.")
+        if unknown := list(load_result.unexpected_keys):
+            self.tell(
+                f"The checkpoint has {len(unknown)} weights that the model has not, such as `{unknown[0]}`."
+            )
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = build_optimizer(model or self.model, self.parts.optim, self.parts.adapter)

@@ -9,11 +9,13 @@ from typing import Any
 from peft import PeftConfig
 
 from axolotl import __version__
+from axolotl.model.files import could_be_hub_id, local_folder
 
 
 def model_card(base: str, adapter: Path, config: PeftConfig, dtype: str, checks: Sequence[Any]) -> str:
     """Markdown with the metadata that the Hub reads. Paths of this machine are left out."""
-    public = not base.startswith((".", "/", "~"))
+    # A folder's name says nothing elsewhere, and the Hub refuses a card whose base is no repository.
+    public = local_folder(base) is None and could_be_hub_id(base)
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     settings = {
         "rank": getattr(config, "r", None),
