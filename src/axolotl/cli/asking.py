@@ -1,4 +1,4 @@
-"""The verbs that ask a finished model: evaluate, inference, vllm-serve."""
+"""The verbs that ask a finished model: evaluate, inference, lm-eval, vllm-serve."""
 
 from __future__ import annotations
 
@@ -86,6 +86,33 @@ def inference(
     verb.inference(cfg, **options)
 
 
+@click.command("lm-eval", context_settings=PASS_ON)
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N rows of each task.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), metavar="N", help="Examples before each question.")
+@click.option(
+    "--apply-chat-template/--no-apply-chat-template",
+    default=None,
+    help="Ask through the chat template; by default where the training data did.",
+)
+@click.option("--system", metavar="TEXT", help="What the model is told before each question.")
+@click.option("--untrained", is_flag=True, help="The base model is meant, without trained weights.")
+@click.option("--lora-model-dir", metavar="DIR", help="The adapter to take; output_dir's by default.")
+@click.option(
+    "--base-model", metavar="MODEL", help="Another model than the config's, a merged one for example."
+)
+@takes_launcher
+@takes_config
+def lm_eval(
+    args: tuple[str, ...], lora_model_dir: str | None, base_model: str | None, **options: Any
+) -> None:
+    """Benchmarks of lm-evaluation-harness (`lm_eval_tasks`) on the trained model."""
+    args = with_key(with_key(args, "--lora-model-dir", lora_model_dir), "--base-model", base_model)
+    cfg = load(args, "lm-eval")
+    from axolotl.run import lm_eval as verb
+
+    verb.lm_eval(cfg, **options)
+
+
 @click.command("vllm-serve", context_settings=PASS_ON)
 @click.option("--show", is_flag=True, help="Print vLLM's command and start nothing.")
 @takes_config
@@ -98,4 +125,4 @@ def vllm_serve(ctx: click.Context, args: tuple[str, ...], show: bool) -> None:
     ctx.exit(verb.serve(cfg, show=show))
 
 
-VERBS = (evaluate, inference, vllm_serve)
+VERBS = (evaluate, inference, lm_eval, vllm_serve)

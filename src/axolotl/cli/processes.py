@@ -93,6 +93,12 @@ def run_training(
 
     result = verb.train(cfg)
     leave_group(result.exit_code)
+    if result.complete and cfg.method.lm_eval_tasks and not result.stuck:
+        from axolotl.distributed.world import world
+        from axolotl.run import lm_eval as benchmarks
+
+        if world().is_main:
+            benchmarks.after_training(cfg)
     if result.stuck:
         # What a tracker's package has registered for the end of the process may wait for its server for minutes.
         sys.stdout.flush()

@@ -125,14 +125,14 @@ class MethodSection(Section):
     """Share of the layers that is trained, chosen by their signal-to-noise ratio."""
     spectrum_model_name: Text | None = later("Spectrum")
     """Model whose ratios are taken."""
-    lm_eval_tasks: list[Text] | None = later("lm-evaluation-harness")
-    """Benchmarks to run with lm-evaluation-harness."""
-    lm_eval_batch_size: PositiveInt | None = later("lm-evaluation-harness", 8)
-    """Batch size of these."""
-    lm_eval_post_train: bool | None = later("lm-evaluation-harness", True)
-    """Run them at the end of training."""
-    lm_eval_model: Text | None = later("lm-evaluation-harness")
-    """Model to run them on."""
+    lm_eval_tasks: list[Text] | None = None
+    """Benchmarks of lm-evaluation-harness for `axolotl lm-eval`: names, patterns such as `arc_*`, or own task files."""
+    lm_eval_batch_size: PositiveInt | None = 8
+    """Rows that these ask at a time."""
+    lm_eval_post_train: bool | None = True
+    """Run them at the end of training too."""
+    lm_eval_model: Text | None = None
+    """Model or adapter that `axolotl lm-eval` takes instead of what was trained."""
 
     nemo_gym_enabled: bool = later(NEMO, False)
     """Use NeMo Gym's environments."""

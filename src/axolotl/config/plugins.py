@@ -28,7 +28,7 @@ INTEGRATIONS: dict[str, str | None] = {
     "hatchery": "training on a remote service",
     "kd": "distillation",
     "llm_compressor": "sparse training with llm-compressor",
-    "lm_eval": "lm-evaluation-harness",
+    "lm_eval": None,
     "mora": "MoRA",
     "nemo_gym": "NeMo Gym",
     "spectrum": "Spectrum",

@@ -11,6 +11,7 @@ from axolotl.config.rules.devices import several_devices_needed
 from axolotl.data import templates
 from axolotl.distributed.world import world
 from axolotl.errors import Problem, UserError
+from axolotl.inference.benchmarks import check_tasks
 from axolotl.model import attention, load, quantize, tokenizer
 from axolotl.model.files import check_adapter_dir, check_base_model
 from axolotl.model.hub import check_hub, check_upload
@@ -56,6 +57,7 @@ def _cheap(cfg: Config, hardware: Hardware, processes: int) -> Iterator[Problem]
     yield from optimizers.check(cfg.optim)
     yield from tracking.check(cfg.tracking)
     yield from arguments.check(cfg.train)
+    yield from check_tasks(cfg.method.lm_eval_tasks if cfg.method.lm_eval_post_train else None)
     resume = cfg.train.resume_from_checkpoint
     resuming = bool(resume or cfg.train.auto_resume_from_checkpoints)
     yield from check_upload(cfg.output.hub_model_id, resuming=resuming)
