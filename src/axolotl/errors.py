@@ -66,6 +66,7 @@ CODES: Mapping[str, str] = MappingProxyType(
         "AX1407": "one device, but a config for several",
         "AX1408": "a run that hangs (NCCL time-outs)",
         "AX1409": "versions that do not work together",
+        "AX1410": "another machine of the run is lost",
     }
 )
 """Every code that a message can carry, and its title. Codes are stable: docs/troubleshooting.md has an entry for each."""

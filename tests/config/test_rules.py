@@ -559,6 +559,12 @@ BROKEN = [
         "sdp_attention sequence_parallel_degree",
     ),
     (
+        "who_can_share_rows",
+        "context_parallel_size: 2\ndeepspeed: z.json",
+        "conflict",
+        "context_parallel_size deepspeed",
+    ),
+    (
         "one_limit_of_memory",
         "max_memory: {0: 20GiB}\ngpu_memory_limit: 20",
         "conflict",

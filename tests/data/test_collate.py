@@ -6,8 +6,11 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from axolotl.data.collate import PackedCollator, PaddedCollator, padded_length
+from axolotl.data.collate import PackedCollator, PaddedCollator, SharedCollator, padded_length
 
 PAD = 9
 
@@ -90,3 +93,42 @@ def test_a_batch_without_rows_trains_nothing(collator):
 def test_collators_travel_to_worker_processes():
     for collator in (PaddedCollator(PAD, 5, 2), PackedCollator(PAD, True)):
         assert pickle.loads(pickle.dumps(collator)) == collator
+
+
+@given(
+    st.lists(
+        st.lists(st.lists(st.integers(10, 99), min_size=1, max_size=9), min_size=1, max_size=3), max_size=3
+    ),
+    st.sampled_from([1, 2, 3, 4]),
+    st.sampled_from(["padded", "joined", "rows"]),
+)
+def test_the_parts_of_shared_rows_are_the_rows(bins, size, kind):
+    made = [[row(*ids, masked=len(ids) // 3) for ids in (b[:1] if kind == "padded" else b)] for b in bins]
+    inner = PaddedCollator(PAD) if kind == "padded" else PackedCollator(PAD, kind == "joined")
+    whole = inner(made)
+    parts = [SharedCollator(inner, place, size)(made) for place in range(size)]
+    T = whole["labels"].shape[1]
+
+    def joined(name):
+        return torch.cat([part[name] for part in parts], dim=1)
+
+    assert len({part["input_ids"].shape for part in parts}) == 1
+    assert joined("input_ids")[:, :T].equal(whole["input_ids"])
+    assert (joined("input_ids")[:, T:] == PAD).all()
+    # Every token has to predict the next one's label, whichever part that is in; nothing else is trained.
+    targets = joined("shift_labels")
+    assert targets[:, : T - 1].equal(whole["labels"][:, 1:])
+    assert (targets[:, T - 1 :] == -100).all()
+    assert (
+        tuple(map(sum, zip(*(part["token_counts"] for part in parts), strict=True))) == whole["token_counts"]
+    )
+    positions = joined("position_ids")[:, :T]
+    assert positions.equal(
+        whole["position_ids"] if "position_ids" in whole else torch.arange(T).expand_as(positions)
+    )
+    if kind == "joined" and bins:
+        for part in parts:
+            borders = part["cu_seq_lens_q"].tolist()
+            assert borders[: len(whole["cu_seq_lens_q"])] == whole["cu_seq_lens_q"].tolist()
+            assert borders[-1] == joined("input_ids").shape[1]
+    assert all("attention_mask" not in part for part in parts)

@@ -83,12 +83,14 @@ class DistributedSection(Section):
     """Copies of the sharded model."""
     tensor_parallel_size: PositiveInt | None = validated("parallel axes")
     """Devices that share each matrix product."""
-    context_parallel_size: PositiveInt | None = validated("parallel axes")
-    """Devices that share each row."""
-    heads_k_stride: PositiveInt | None = validated("parallel axes")
-    """Attention heads that travel at a time between these devices."""
-    ring_attn_func: Text | None = validated("parallel axes")
-    """How they share attention: varlen_llama3 for packed rows, batch_ring, ..."""
+    context_parallel_size: PositiveInt | None = None
+    """Devices that share each row; the attention heads of the model have to be divisible by it."""
+    heads_k_stride: PositiveInt | None = idle("devices that share a row exchange all heads at once")
+    """Attention heads that travel at a time between these devices, in a ring."""
+    ring_attn_func: Text | None = idle(
+        "devices that share a row exchange heads, not keys and values in a ring"
+    )
+    """How a ring would share attention: varlen_llama3 for packed rows, batch_ring, ..."""
     world_size: PositiveInt | None = None
     """Number of processes that `plan` counts with; a run has as many as its launcher starts."""
     local_rank: Int | None = idle("the launcher sets it")

@@ -6,6 +6,7 @@ plain ints, so that nobody has to ask the device for them; the trainer takes it 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,4 +117,36 @@ class PackedCollator:
             batch |= {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu}
             batch |= {"max_length_q": longest_document, "max_length_k": longest_document}
         batch["token_counts"] = (tokens, int((labels != IGNORE_INDEX).sum()))
+        return batch
+
+
+@dataclass(frozen=True)
+class SharedCollator:
+    """Of every row of a batch only the part of one process, where `size` processes share each row.
+
+    `labels` keep their place; `shift_labels` holds what each token has to predict, also where that is the next
+    part's first token. `position_ids` say where the part stands; documents' borders stay those of the whole row. The
+    tokens are counted by the first process alone. There is no attention_mask: padding stands at the right.
+    """
+
+    inner: PaddedCollator | PackedCollator
+    place: int
+    size: int
+
+    def __call__(self, bins: Sequence[Sequence[Row]]) -> Batch:
+        whole = dataclasses.replace(self.inner, multiple_of=math.lcm(self.inner.multiple_of or 1, self.size))
+        batch = whole(bins)
+        labels: torch.Tensor = batch["labels"]
+        B, T = labels.shape
+        targets = torch.full_like(labels, IGNORE_INDEX)
+        targets[:, :-1] = labels[:, 1:]
+        batch["shift_labels"] = targets
+        if "position_ids" not in batch:
+            batch["position_ids"] = torch.arange(T).expand(B, T)
+        batch.pop("attention_mask", None)
+        part = slice(self.place * T // self.size, (self.place + 1) * T // self.size)
+        for name in ("input_ids", "labels", "shift_labels", "position_ids"):
+            batch[name] = batch[name][:, part].contiguous()
+        if self.place:
+            batch["token_counts"] = (0, 0)
         return batch

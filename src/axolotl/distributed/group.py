@@ -12,8 +12,11 @@ import torch
 import torch.distributed as dist
 
 from axolotl.config.resolve import Hardware
+from axolotl.distributed.failure import tell_failure
 from axolotl.distributed.meeting import agent_store, of_this_round
+from axolotl.distributed.peers import PeerWatch, end_stuck_agent, own_connection, silence_allowed
 from axolotl.distributed.world import world
+from axolotl.errors import EnvironmentProblem
 
 T = TypeVar("T")
 TIMEOUT = 1800  # seconds, as transformers has it
@@ -39,6 +42,30 @@ def start_group(hardware: Hardware, timeout: int | None = None) -> None:
         store = of_this_round(store, place.rank, place.size, seconds)
         given = {"store": store, "rank": place.rank, "world_size": place.size}
     dist.init_process_group(backend, timeout=timedelta(seconds=seconds), **given)
+    if store is not None and place.machines > 1 and (silence := silence_allowed()):
+        # The group's own connection may be waiting for an answer.
+        _watches.append(
+            PeerWatch(
+                own_connection(store),
+                place.machine,
+                place.machines,
+                speaks=place.local_rank == 0,
+                lost=_end,
+                silence=silence,
+            )
+        )
+
+
+_watches: list[PeerWatch] = []
+
+
+def _end(error: EnvironmentProblem) -> None:
+    """Ends this process from a thread: the others hang in a collective."""
+    code = tell_failure(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    end_stuck_agent()
+    os._exit(code)
 
 
 def leave_group(exit_code: int = 0) -> None:
@@ -49,6 +76,8 @@ def leave_group(exit_code: int = 0) -> None:
     """
     if not dist.is_initialized():
         return
+    while _watches:
+        _watches.pop().leave()
     dist.destroy_process_group()
     if not world().is_main:
         sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -50,8 +51,9 @@ class Mesh:
         return self.axes.data_rank(dist.get_rank())
 
 
+@cache
 def build_mesh(axes: Axes, device: str) -> Mesh:
-    """The mesh of the whole run, on `cuda` or `cpu`. Every process has to call it, once: each axis becomes a group."""
+    """The mesh of the whole run, on `cuda` or `cpu`. Every process has to call it: each axis becomes a group, once."""
     sizes = (axes.replicate, axes.weight_shards, axes.tensor)
     root = init_device_mesh(device, sizes, mesh_dim_names=("dp_replicate", WEIGHTS, "tp"))
     whole = root._unflatten(1, (axes.shard, axes.context), ("dp_shard", "cp"))

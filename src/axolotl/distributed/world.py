@@ -24,6 +24,9 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    machine: int = 0
+    """Number of this machine among those of the run, where the launcher says it."""
+    machines: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -34,7 +37,13 @@ class World:
 def world() -> World:
     """This process's place; a single process where no launcher set one."""
     rank = _number("RANK", 0)
-    return World(rank, _number("WORLD_SIZE", 1), _number("LOCAL_RANK", rank))
+    return World(
+        rank,
+        _number("WORLD_SIZE", 1),
+        _number("LOCAL_RANK", rank),
+        _number("GROUP_RANK", 0),
+        _number("GROUP_WORLD_SIZE", 1),
+    )
 
 
 def _number(name: str, default: int) -> int:

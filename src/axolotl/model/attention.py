@@ -25,6 +25,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from axolotl.config.model import ModelSection
 from axolotl.config.resolve import Hardware
 from axolotl.errors import ConfigError, ModelError, Problem
+from axolotl.model.context import shared_rows
 from axolotl.model.varlen import UNMEASURED, Remembered, Run, kernel, on_host, unusable
 
 PACKED = "axolotl_packed"
@@ -65,12 +66,17 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def choose_attention(model: ModelSection, packing: bool, hardware: Hardware) -> AttentionChoice:
+def choose_attention(
+    model: ModelSection, packing: bool, hardware: Hardware, shared: bool = False
+) -> AttentionChoice:
     """The implementation for a run. Every flash spelling works on every platform.
 
+    `shared`: several processes share each row, which only our own attention does.
     Raises ConfigError for an implementation that is unknown or that this machine cannot train with.
     """
     asked = model.attn_implementation
+    if shared and (asked is None or "/" in asked or BACKENDS.get(asked, _OURS).packed == PACKED):
+        return AttentionChoice(PACKED, "rows are shared by several processes", packing)
     if asked is None:
         name = PACKED if packing else "sdpa"
         return AttentionChoice(name, "packed rows" if packing else "the default", packing)
@@ -144,8 +150,65 @@ def packed_attention(
 
     `cu_seq_lens_q` holds the borders of the documents over the B*T tokens (int32, first 0, last B*T). Without it
     every row is one document; the padding must then stand at the right, where causal attention never looks.
-    Raises ModelError for arguments that would need a mask, such as a key/value cache.
+    Where rows are shared (`axolotl.model.context`), T are the tokens of this process, and the borders those of the whole
+    row. Raises ModelError for arguments that would need a mask, such as a key/value cache.
     """
+    shared = shared_rows()
+    if shared is None:
+        return _attention(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling,
+            dropout,
+            cu_seq_lens_q,
+            max_length_q,
+            sliding_window,
+            **extra,
+        )
+    if shared.packed and cu_seq_lens_q is None:
+        raise ModelError(
+            "This model's code does not hand the borders of packed documents on to its attention.",
+            "Set `sample_packing: false`, or delete `context_parallel_size`.",
+        )
+    heads = query.shape[1]
+    query, key, value = (shared.whole_rows(x, heads) for x in (query, key, value))
+    if extra.get("s_aux") is not None:
+        extra["s_aux"] = shared.own_heads(extra["s_aux"])
+    # They are those of a part, and have done their work.
+    extra.pop("position_ids", None)
+    out, _ = _attention(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scaling,
+        dropout,
+        cu_seq_lens_q,
+        max_length_q,
+        sliding_window,
+        **extra,
+    )
+    return shared.own_part(out), None
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    cu_seq_lens_q: torch.Tensor | None,
+    max_length_q: int | None,
+    sliding_window: int | None,
+    **extra: Any,
+) -> tuple[torch.Tensor, None]:
+    """`packed_attention` over whole rows."""
     B, H, T, D = query.shape
     if attention_mask is not None or key.shape[2] != T:
         raise ModelError(

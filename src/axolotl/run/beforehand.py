@@ -16,6 +16,7 @@ from axolotl.model import attention, load, quantize, tokenizer
 from axolotl.model.files import check_adapter_dir, check_base_model
 from axolotl.model.hub import check_hub, check_upload
 from axolotl.optim import registry as optimizers
+from axolotl.run.parallel_beforehand import check_heads
 from axolotl.run.ready import check_folder, check_output, placed
 from axolotl.run.rows_beforehand import check_length, dataset_problems
 from axolotl.train import arguments, tracking
@@ -50,6 +51,7 @@ def _cheap(cfg: Config, hardware: Hardware, processes: int) -> Iterator[Problem]
     yield from check_adapter_dir(cfg.adapter)
     yield from load.check(cfg.model)
     yield from check_length(cfg)
+    yield from check_heads(cfg)
     yield from tokenizer.check(cfg.model)
     yield from quantize.check(cfg.model, cfg.adapter)
     yield from attention.check(cfg.model, packs_rows(cfg.data), hardware)

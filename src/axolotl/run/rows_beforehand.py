@@ -16,11 +16,12 @@ from axolotl.data.sources import Source, open_source
 from axolotl.data.stream import streamed_entries, streams
 from axolotl.data.tasks import of_entry
 from axolotl.data.work import ChunkWorker, Job, TokenizerFacts, row_problem
-from axolotl.errors import ModelError, Problem, UserError
+from axolotl.errors import Problem, UserError
 from axolotl.model import tokenizer
-from axolotl.model.files import check_base_model, local_folder, read_json
+from axolotl.model.files import check_base_model, local_folder
 from axolotl.model.hub import check_hub
 from axolotl.model.tokenizer import load_tokenizer
+from axolotl.run.parallel_beforehand import facts_of
 from axolotl.run.ready import check_folder, placed
 
 FIRST_ROWS = 5
@@ -44,16 +45,7 @@ def data_problems(cfg: Config) -> list[Problem]:
 
 def check_length(cfg: Config) -> Iterator[Problem]:
     """A warning where rows may be longer than the positions that a model on this machine was made for."""
-    folder = local_folder(cfg.model.base_model_config or cfg.model.base_model)
-    if folder is None or not (folder / "config.json").is_file():
-        return
-    try:
-        whole = read_json(folder / "config.json")
-    except ModelError:
-        return  # told with the model
-    changed = cfg.model.overrides_of_model_config or {}
-    inner = whole.get("text_config")
-    facts = {**whole, **(inner if isinstance(inner, dict) else {}), **changed}
+    facts = facts_of(cfg)
     longest = facts.get("max_position_embeddings")
     rope = facts.get("rope_scaling") or facts.get("rope_parameters")
     scaled = isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) != "default"

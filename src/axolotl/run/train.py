@@ -49,7 +49,7 @@ def train(cfg: Config) -> TrainResult:
     with console.silenced(started_by_us()):
         refuse(problems_beforehand(cfg, hardware, data=False))
         cfg = ready(automatic(cfg, hardware), hardware)
-    attention = attention_for(cfg.model, cfg.data, hardware)
+    attention = attention_for(cfg.model, cfg.data, hardware, cfg.distributed)
     tell_attention(cfg, hardware, attention.name)
     resume = resume_point(cfg) if alone else ResumePoint(None)
     if resume.complete:

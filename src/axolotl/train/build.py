@@ -15,7 +15,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from axolotl.config import Config
+from axolotl.config.axes import Axes, axes_of
 from axolotl.config.data import DataSection
+from axolotl.config.distributed import DistributedSection
 from axolotl.config.model import ModelSection
 from axolotl.config.resolve import Hardware
 from axolotl.console import detail, note, warn
@@ -25,6 +27,7 @@ from axolotl.distributed.world import world
 from axolotl.errors import ModelError, Problem
 from axolotl.methods.registry import Method, method_of
 from axolotl.model.attention import AttentionChoice, choose_attention, set_attention
+from axolotl.model.context import shared_rows, whole_rows
 from axolotl.model.patch import Bench, apply_kernels
 from axolotl.model.recompute import recompute_of
 from axolotl.model.replace import Replacements
@@ -52,6 +55,7 @@ from axolotl.train.progress import ProgressLine, RunLog
 from axolotl.train.record import asked, describe
 from axolotl.train.samples import Samples
 from axolotl.train.saving import SaveCare
+from axolotl.train.shared import check_sharing, share_among, with_parts
 from axolotl.train.steps import StepCheck
 from axolotl.train.streamed import StreamSource, stream_batches
 from axolotl.train.tracking import guarded, start_tracking
@@ -60,9 +64,12 @@ from axolotl.train.watch import HangWatch, TimeLimit
 from axolotl.weights.publish import Uploads
 
 
-def attention_for(model: ModelSection, data: DataSection, hardware: Hardware) -> AttentionChoice:
+def attention_for(
+    model: ModelSection, data: DataSection, hardware: Hardware, distributed: DistributedSection | None = None
+) -> AttentionChoice:
     """The attention of a training run: what the model has to be loaded with."""
-    return choose_attention(model, packs_rows(data), hardware)
+    shared = distributed is not None and (distributed.context_parallel_size or 1) > 1
+    return choose_attention(model, packs_rows(data), hardware, shared)
 
 
 def packs_rows(data: DataSection) -> bool:
@@ -86,7 +93,7 @@ def build_trainer(
     machine cannot do.
     """
     method = method_of(cfg.method)
-    attention = attention_for(cfg.model, cfg.data, hardware)
+    attention = attention_for(cfg.model, cfg.data, hardware, cfg.distributed)
     inner: Any = model
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
@@ -109,7 +116,12 @@ def build_trainer(
         evaluated, cfg.data, cfg.train, attention, pad_token_id=pad, evaluation=True, alignment=alignment
     )
     place = world()
-    volume = batches.volume(cfg.train, place.size)
+    axes = axes_of(cfg.distributed, place.size) or Axes(place.size)
+    if axes.context > 1:
+        shared = share_among(axes, hardware.device, inner, packs_rows(cfg.data))
+        batches = with_parts(batches, shared)
+        eval_batches = eval_batches and with_parts(eval_batches, shared)
+    volume = batches.volume(cfg.train, axes.data_ranks)
     arguments, cadence = build_arguments(
         cfg,
         volume,
@@ -137,6 +149,7 @@ def build_trainer(
         autocast=torch.bfloat16 if cfg.model.bf16 in (True, "full") else None,
         interrupted=lambda: signals() or limit(),
         asked=asked(cfg),
+        axes=axes,
     )
     parts.run = {
         "run_id": parts.run_id,
@@ -289,13 +302,16 @@ def _probe(
         return
     device = trainer.args.device
     autocast = torch.autocast(device.type, parts.autocast) if parts.autocast else contextlib.nullcontext()
-    with autocast:
+    shared = shared_rows()
+    with autocast, whole_rows():
         if (cfg.data.sample_packing or cfg.data.eval_sample_packing) and not documents_stay_apart(
             model, attention, device
         ):
             raise ModelError(_packing_problem(trainer.model, attention))
         if trainer.compute_loss_func is None and not loss_takes_tokens(model, attention, device):
             trainer.compute_loss_func = token_loss
+        if shared is not None:
+            check_sharing(model, attention, shared, device, own_loss=trainer.compute_loss_func is not None)
 
 
 def config_digest(cfg: Config) -> str:
@@ -338,7 +354,16 @@ def _compare(trainer: Any, resume: Path) -> None:
 def _say(cfg: Config, trainer: Any, attention: AttentionChoice) -> None:
     volume, train, batches = trainer.parts.volume, cfg.train, trainer.parts.batches
     packed = f", packed {volume.efficiency:.1%} full" if cfg.data.sample_packing else ""
-    ranks = f" × {trainer.args.world_size} processes" if trainer.args.world_size > 1 else ""
+    axes = trainer.parts.axes
+    ranks = f" × {axes.data_ranks} processes" if axes.data_ranks > 1 else ""
+    together = axes.context * axes.tensor
+    if together > 1:
+        words = [
+            f"{size} share each {what}"
+            for size, what in ((axes.context, "row"), (axes.tensor, "matrix product"))
+            if size > 1
+        ]
+        ranks = f" × {axes.data_ranks} groups of {together} processes, of which {' and '.join(words)}"
     steps = f"{volume.total_steps:,} steps of {train.micro_batch_size} × {train.gradient_accumulation_steps}{ranks}"
     if isinstance(batches, StreamSource):
         note(f"Streaming {batches.rows.stream.name}: {steps}.")

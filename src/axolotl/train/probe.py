@@ -20,9 +20,11 @@ LENGTHS = (7, 9)
 
 def documents_stay_apart(model: PreTrainedModel, attention: AttentionChoice, device: torch.device) -> bool:
     """Whether changing one document of a packed row leaves the outputs of the next one as they were."""
-    rows = _documents(model)
+    rows = trial_rows(model)
     changed = [(ids[::-1].copy(), labels[::-1].copy()) for ids, labels in rows[:1]] + rows[1:]
-    before, after = (_run(model, _unlabelled(each, attention), device).logits[0] for each in (rows, changed))
+    before, after = (
+        outputs_of(model, _unlabelled(each, attention), device).logits[0] for each in (rows, changed)
+    )
     start, stop = LENGTHS[0], sum(LENGTHS)
     own = (before[:start] - after[:start]).abs().max()
     leaked = (before[start:stop] - after[start:stop]).abs().max()
@@ -32,12 +34,14 @@ def documents_stay_apart(model: PreTrainedModel, attention: AttentionChoice, dev
 
 def loss_takes_tokens(model: PreTrainedModel, attention: AttentionChoice, device: torch.device) -> bool:
     """Whether the model divides its loss by the number of tokens it is told."""
-    batch = _batch(_documents(model), attention)
-    one, two = (_run(model, {**batch, "num_items_in_batch": torch.tensor(n)}, device).loss for n in (1, 2))
+    batch = _batch(trial_rows(model), attention)
+    one, two = (
+        outputs_of(model, {**batch, "num_items_in_batch": torch.tensor(n)}, device).loss for n in (1, 2)
+    )
     return one is not None and two is not None and bool((one / two - 2).abs() < 1e-2)
 
 
-def _documents(model: PreTrainedModel) -> list[tuple[np.ndarray, np.ndarray]]:
+def trial_rows(model: PreTrainedModel) -> list[tuple[np.ndarray, np.ndarray]]:
     draw = np.random.default_rng(0)
     embeddings: Any = model.get_input_embeddings()
     words = min(int(embeddings.weight.shape[0]), 1000)
@@ -59,7 +63,7 @@ def _unlabelled(rows: list[tuple[np.ndarray, np.ndarray]], attention: AttentionC
     return {k: v for k, v in _batch(rows, attention).items() if k != "labels"}
 
 
-def _run(model: PreTrainedModel, batch: Batch, device: torch.device) -> Any:
+def outputs_of(model: PreTrainedModel, batch: Batch, device: torch.device) -> Any:
     was_training = model.training
     model.eval()
     try:

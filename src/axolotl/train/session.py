@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerState, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from axolotl.config import Config
+from axolotl.config.axes import axes_of
 from axolotl.config.secrets import without_secrets
 from axolotl.console import note, success, warn
 from axolotl.data.stream import streamed_entries, streams
@@ -112,13 +113,19 @@ def restarted(output_dir: Path) -> bool:
     return again and read_json(output_dir / RUN).get("launch") == launch_name()
 
 
+def data_ranks(cfg: Config) -> int:
+    """Processes, or groups of those that share rows or products, among which the rows of a step are divided."""
+    axes = axes_of(cfg.distributed, world().size)
+    return axes.data_ranks if axes else world().size
+
+
 def accumulation_to_go_on(cfg: Config, folder: Path) -> int:
     """Micro batches per step with which the run sees the rows of each step as before, on another number of ranks.
 
     The configured number where nothing is known about the checkpoint or the user has changed the batch otherwise.
     Raises CheckpointError where no whole number does it.
     """
-    saved, ranks, asked = read_state(folder), world().size, cfg.train.gradient_accumulation_steps
+    saved, ranks, asked = read_state(folder), data_ranks(cfg), cfg.train.gradient_accumulation_steps
     if saved is None or not saved.accumulation or saved.ranks == ranks:
         return asked
     per_step = saved.accumulation * saved.ranks
@@ -179,7 +186,8 @@ def _train(trainer: Trainer, cfg: Config, resume: Path | None) -> TrainResult:
         keep_freed_memory()
     if world().size > 1:
         # The same dropout on every rank would drop the same places of different rows.
-        set_seed(trainer.args.seed + world().rank)
+        # Those that share each product have the same activations, and drop the same of them.
+        set_seed(trainer.args.seed + world().rank // parts.axes.tensor)
     try:
         with signals.listening():
             try:

@@ -160,7 +160,7 @@ def facts(trainer: TrainerMixin) -> Facts:
     frozen = copy.copy(state)
     frozen.log_history = list(state.log_history)
     frozen.stateful_callbacks = copy.deepcopy(state.stateful_callbacks)
-    batch = state.global_step * trainer.args.gradient_accumulation_steps * trainer.args.world_size
+    batch = state.global_step * trainer.args.gradient_accumulation_steps * trainer.parts.axes.data_ranks
     return Facts(state.global_step, frozen, trainer.run_state(), trainer.parts.batches.place(batch))
 
 

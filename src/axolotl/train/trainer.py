@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from axolotl.config.adapter import AdapterSection
+from axolotl.config.axes import Axes
 from axolotl.config.optim import OptimSection
 from axolotl.config.train import TrainSection
 from axolotl.console import warn
@@ -81,6 +82,13 @@ class Parts:
     """What run.json holds while the run goes on."""
     uploads: Uploads | None = None
     """What uploads checkpoints; None without `hub_model_id`, and on all ranks but the first."""
+    axes: Axes = field(default_factory=Axes)
+    """How the processes are divided; those that share rows or products are one for the data."""
+
+    @property
+    def data_place(self) -> tuple[int, int]:
+        """Which rows this process gets, and among how many the rows are divided."""
+        return self.axes.data_rank(world().rank), self.axes.data_ranks
 
 
 class TrainerMixin(Saving, Steps, _Base):
@@ -112,8 +120,7 @@ class TrainerMixin(Saving, Steps, _Base):
     # Batches
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        place = world()
-        loader = self.parts.batches.loader(self.parts.train, place.rank, place.size)
+        loader = self.parts.batches.loader(self.parts.train, *self.parts.data_place)
         self.order = loader.batch_sampler  # type: ignore[assignment]
         return loader
 
@@ -121,8 +128,7 @@ class TrainerMixin(Saving, Steps, _Base):
         ours = self.parts.eval_batches
         if ours is None or (eval_dataset is not None and eval_dataset is not ours.rows):
             return super().get_eval_dataloader(eval_dataset)
-        place = world()
-        return ours.loader(self.parts.train, place.rank, place.size, evaluation=True)
+        return ours.loader(self.parts.train, *self.parts.data_place, evaluation=True)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: Any = None
@@ -278,7 +284,7 @@ class TrainerMixin(Saving, Steps, _Base):
             steps_per_epoch=parts.volume.steps_per_epoch,
             plan=parts.plan,
             seed=self.args.seed,
-            ranks=self.args.world_size,
+            ranks=self.parts.axes.data_ranks,
             trained_tokens=self.trained_tokens,
             bad_steps=self.bad_steps,
             bad_streak=self.bad_streak,

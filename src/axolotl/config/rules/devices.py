@@ -174,6 +174,27 @@ def shared_rows_have_limits(cfg: Config) -> Iterator[Problem]:
         )
 
 
+@rule("context_parallel_size", "deepspeed", "rl")
+def who_can_share_rows(cfg: Config) -> Iterator[Problem]:
+    """Rows are shared in supervised training, under DDP and FSDP."""
+    if (cfg.distributed.context_parallel_size or 1) < 2:
+        return
+    if cfg.distributed.deepspeed:
+        yield conflict(
+            "`context_parallel_size` is not available together with `deepspeed`.",
+            "Shard the model with `fsdp_config` (and `fsdp_version: 2`) instead.",
+            "context_parallel_size",
+            "deepspeed",
+        )
+    if cfg.method.rl is not None:
+        yield conflict(
+            f"`context_parallel_size` is available for supervised training only, not with `rl: {cfg.method.rl}`.",
+            "Delete `context_parallel_size`.",
+            "context_parallel_size",
+            "rl",
+        )
+
+
 @rule("max_memory", "gpu_memory_limit")
 def one_limit_of_memory(cfg: Config) -> Iterator[Problem]:
     """Both limit the memory of devices."""
@@ -191,12 +212,18 @@ def several_devices_needed(cfg: Config, processes: int) -> list[Problem]:
     if processes > 1:
         return []
     distributed, found = cfg.distributed, []
-    for key, name in (("deepspeed", "DeepSpeed"), ("fsdp_config", "FSDP")):
-        if getattr(distributed, key):
+    divides = {
+        "deepspeed": "DeepSpeed divides a model",
+        "fsdp_config": "FSDP divides a model",
+        "context_parallel_size": "this divides each row",
+        "tensor_parallel_size": "this divides each matrix product",
+    }
+    for key, what in divides.items():
+        if getattr(distributed, key) not in (None, 1, {}, ""):
             place = cfg.key_place(key)
             found.append(
                 Problem(
-                    f"`{key}`: there is one device and one process, and {name} divides a model among several.",
+                    f"`{key}`: there is one device and one process, and {what} among several.",
                     f"Delete the line `{key}:`, or start on several GPUs.",
                     "conflict",
                     (key,),
