@@ -9,8 +9,6 @@ Shapes: B batch, H heads, G key/value heads, T tokens of the whole row, S = T / 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,14 +114,3 @@ def share_rows(shared: SharedRows | None) -> None:
 def shared_rows() -> SharedRows | None:
     """How rows are shared at present."""
     return _shared
-
-
-@contextmanager
-def whole_rows() -> Iterator[None]:
-    """Within it the model gets whole rows, as for trials before the run."""
-    before = _shared
-    share_rows(None)
-    try:
-        yield
-    finally:
-        share_rows(before)

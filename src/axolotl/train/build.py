@@ -27,7 +27,7 @@ from axolotl.distributed.world import world
 from axolotl.errors import ModelError, Problem
 from axolotl.methods.registry import Method, method_of
 from axolotl.model.attention import AttentionChoice, choose_attention, set_attention
-from axolotl.model.context import shared_rows, whole_rows
+from axolotl.model.context import SharedRows, share_rows
 from axolotl.model.patch import Bench, apply_kernels
 from axolotl.model.recompute import recompute_of
 from axolotl.model.replace import Replacements
@@ -55,7 +55,7 @@ from axolotl.train.progress import ProgressLine, RunLog
 from axolotl.train.record import asked, describe
 from axolotl.train.samples import Samples
 from axolotl.train.saving import SaveCare
-from axolotl.train.shared import check_sharing, share_among, with_parts
+from axolotl.train.shared import check_sharing, shared_rows_of, with_parts
 from axolotl.train.steps import StepCheck
 from axolotl.train.streamed import StreamSource, stream_batches
 from axolotl.train.tracking import guarded, start_tracking
@@ -117,8 +117,8 @@ def build_trainer(
     )
     place = world()
     axes = axes_of(cfg.distributed, place.size) or Axes(place.size)
-    if axes.context > 1:
-        shared = share_among(axes, hardware.device, inner, packs_rows(cfg.data))
+    shared = shared_rows_of(axes, hardware.device, inner, packs_rows(cfg.data)) if axes.context > 1 else None
+    if shared is not None:
         batches = with_parts(batches, shared)
         eval_batches = eval_batches and with_parts(eval_batches, shared)
     volume = batches.volume(cfg.train, axes.data_ranks)
@@ -196,7 +196,9 @@ def build_trainer(
     trainer.tell = tell
     if cfg.output.hub_model_id and place.is_main:
         parts.uploads = Uploads(cfg.output, tell)
-    _probe(trainer, model, attention, parts, cfg)
+    _probe(trainer, model, attention, parts, cfg, shared)
+    # Not before: trials and rehearsals give the model whole rows.
+    share_rows(shared)
     trackers = guarded(tracked, cfg.tracking, _facts(parts), tell)
     if trainer.saves_in_background:
         for each in trackers:
@@ -296,14 +298,18 @@ def _fused(model: PreTrainedModel, cfg: Config) -> Replacements:
 
 
 def _probe(
-    trainer: Any, model: PreTrainedModel, attention: AttentionChoice, parts: Parts, cfg: Config
+    trainer: Any,
+    model: PreTrainedModel,
+    attention: AttentionChoice,
+    parts: Parts,
+    cfg: Config,
+    shared: SharedRows | None,
 ) -> None:
     if not hasattr(model.config, "vocab_size") or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         return
     device = trainer.args.device
     autocast = torch.autocast(device.type, parts.autocast) if parts.autocast else contextlib.nullcontext()
-    shared = shared_rows()
-    with autocast, whole_rows():
+    with autocast:
         if (cfg.data.sample_packing or cfg.data.eval_sample_packing) and not documents_stay_apart(
             model, attention, device
         ):

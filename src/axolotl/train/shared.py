@@ -14,21 +14,19 @@ from axolotl.distributed.group import over_all
 from axolotl.distributed.mesh import build_mesh
 from axolotl.errors import ModelError, Problem
 from axolotl.model.attention import AttentionChoice
-from axolotl.model.context import SharedRows, heads_problem, share_rows, whole_rows
+from axolotl.model.context import SharedRows, heads_problem, share_rows
 from axolotl.train.batches import BatchSource
 from axolotl.train.probe import LENGTHS, outputs_of, trial_rows
 from axolotl.train.streamed import StreamSource
 
 
-def share_among(axes: Axes, device: str, model: PreTrainedModel, packed: bool) -> SharedRows:
-    """Has the model of this process get parts of rows from now on. Raises ModelError where heads cannot be divided."""
+def shared_rows_of(axes: Axes, device: str, model: PreTrainedModel, packed: bool) -> SharedRows:
+    """The processes with which this one shares its rows. Raises ModelError where heads cannot be divided."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     if isinstance(heads, int) and (heads // axes.tensor) % axes.context:
         raise ModelError(heads_problem(heads // axes.tensor, axes.context))
-    shared = SharedRows(build_mesh(axes, device).group("cp"), packed)
-    share_rows(shared)
-    return shared
+    return SharedRows(build_mesh(axes, device).group("cp"), packed)
 
 
 def with_parts(batches: Any, shared: SharedRows) -> Any:
@@ -71,8 +69,7 @@ def _same(
         batch.pop("labels")
         batch.pop("shift_labels", None)
         batch.pop("attention_mask", None)
-    with whole_rows():
-        alone = outputs_of(model, whole, device).logits
+    alone = outputs_of(model, whole, device).logits
     share_rows(shared)
     try:
         together = outputs_of(model, part, device).logits
