@@ -74,3 +74,23 @@ def test_evaluating_and_saving_know_nothing_of_it(trainer: Any, tmp_path: Any) -
     run.train()
     run.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_packed_rows(trainer: Any) -> None:
+    """With kernels and recomputation, evaluated too."""
+    found = []
+    for keys in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager", "gradient_checkpointing": True, "liger_rms_norm": True}):
+        run = trainer(
+            tiny_model(),
+            rows(24),
+            rows(8, seed=2),
+            sample_packing=True,
+            cut_cross_entropy=True,
+            max_steps=4,
+            **keys,
+        )
+        assert run.parts.replaced.counts["compiled layer"] == (2 if keys else 0)
+        run.train()
+        found.append([*losses(run), run.evaluate()["eval_loss"]])
+    assert found[1] == pytest.approx(found[0], abs=1e-4)

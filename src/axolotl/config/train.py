@@ -135,17 +135,15 @@ class TrainSection(Section):
     layer_offloading: bool = later("layer offloading", False)
     """Keep frozen layers in CPU memory until they are needed."""
     torch_compile: Literal["auto"] | bool | None = None
-    """Compile the model with torch.compile."""
+    """Compile the layers with torch.compile, all of a kind at once; what cannot be compiled runs as it is."""
     torch_compile_backend: Text | None = None
     """Backend of torch.compile."""
     torch_compile_mode: (
         Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None
     ) = None
     """Mode of torch.compile."""
-    torch_compile_options: dict[str, bool | int | float | str] | None = idle(
-        "torch.compile uses its own options"
-    )
-    """Options of torch.compile."""
+    torch_compile_options: dict[str, bool | int | float | str] | None = None
+    """Options of torch.compile's backend, instead of a mode."""
     torch_empty_cache_steps: Annotated[PositiveInt | None, ZERO_IS_OFF] = None
     """Steps after which PyTorch's cached memory is given back."""
     gc_collect_steps: Int | None = None

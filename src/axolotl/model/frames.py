@@ -119,6 +119,14 @@ def active() -> bool:
     return _here.frame is not None and torch.is_grad_enabled()
 
 
+def begin_anew() -> None:
+    """Forgets what the present frame has left out so far: its function starts over inside the same run."""
+    if _here.frame is not None and not _here.again:
+        _here.frame.places.clear()
+        _here.frame.facts.clear()
+        _here.frame.parts.clear()
+
+
 @contextlib.contextmanager
 def _inside(frame: Frame | None, *, again: bool) -> Iterator[None]:
     before = _here.frame, _here.again

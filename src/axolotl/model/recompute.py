@@ -122,11 +122,12 @@ def apply_recompute(
     *,
     folder: Path | None = None,
     park: Park | None = None,
+    compiled: bool = False,
 ) -> Recomputing:
     """Has the layers of a model computed again as `how` says; undone with `made`.
 
     `model` is transformers' model without PEFT's wrapper, with its kernels. `folder` is where `disk` writes, `park`
-    stands for another place (a plan has one without memory). Raises ModelError for a model without layers to recompute.
+    stands for another place (a plan has one without memory). `compiled`: torch.compile traces the layers. Raises ModelError for a model without layers to recompute.
     """
     layers = layers_of(model)
     done = Recomputing(len(layers))
@@ -146,7 +147,7 @@ def apply_recompute(
     for index, layer in enumerate(chosen):
         options = Options(draws(layer), park, kept_park)
         if how.keeps and _type_of(model, index) not in how.whole:
-            done.kept += _keep(layer, how, made)
+            done.kept += _keep(layer, how, made, torch.compiler.disable if compiled else _as_it_is)
         made.forward(layer, _again(layer, options))
     done.recomputed = len(chosen)
     missing = how.keeps and not done.kept
@@ -211,10 +212,18 @@ def _type_of(model: PreTrainedModel, index: int) -> str:
 # Keeping
 
 
-def _keep(layer: nn.Module, how: Recompute, made: Replacements) -> int:
-    return sum(_keep_attention(m, how, made) for m in layer.modules() if "attention" in how.keeps) + sum(
-        _keep_linear(m, made) for m in _linears(layer, how.keeps)
-    )
+Hide = Callable[[Any], Any]
+"""Makes a function one that torch.compile does not look into."""
+
+
+def _as_it_is(function: Any) -> Any:
+    return function
+
+
+def _keep(layer: nn.Module, how: Recompute, made: Replacements, hide: Hide) -> int:
+    return sum(
+        _keep_attention(m, how, made, hide) for m in layer.modules() if "attention" in how.keeps
+    ) + sum(_keep_linear(m, made, hide) for m in _linears(layer, how.keeps))
 
 
 def _linears(layer: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Module]:
@@ -229,7 +238,7 @@ def _linears(layer: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Module]:
     return walk(layer)
 
 
-def _keep_linear(module: nn.Module, made: Replacements) -> int:
+def _keep_linear(module: nn.Module, made: Replacements, hide: Hide) -> int:
     inner = module.forward
 
     def forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -238,11 +247,11 @@ def _keep_linear(module: nn.Module, made: Replacements) -> int:
             return out
         return known(inner, x, keeps=True)
 
-    made.forward(module, forward)
+    made.forward(module, hide(forward))
     return 1
 
 
-def _keep_attention(module: nn.Module, how: Recompute, made: Replacements) -> int:
+def _keep_attention(module: nn.Module, how: Recompute, made: Replacements, hide: Hide) -> int:
     current = module.__dict__.get("forward")
     function = getattr(current, "__func__", current) if current is not None else type(module).forward
     table = getattr(function, "__globals__", {}).get("ALL_ATTENTION_FUNCTIONS")
@@ -254,7 +263,8 @@ def _keep_attention(module: nn.Module, how: Recompute, made: Replacements) -> in
     forward = with_global(function, "ALL_ATTENTION_FUNCTIONS", _Kept(table))
     if forward is None:
         return 0
-    made.forward(module, forward)
+    # A compiled function is found again by its code, which all layers share, and by globals, which they do not.
+    made.forward(module, hide(forward))
     return 1
 
 

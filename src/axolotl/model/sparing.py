@@ -1,4 +1,4 @@
-"""What a run does to need less memory: tiled feed-forward layers, layers that are computed again, activations elsewhere."""
+"""What a run does with its layers: tiles, compilation, computing them again, activations that wait elsewhere."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from axolotl.config.kernels import KernelsSection
 from axolotl.config.train import TrainSection
 from axolotl.console import note
+from axolotl.model.compiled import compile_layers
 from axolotl.model.park import Park
 from axolotl.model.recompute import Recompute, Recomputing, apply_recompute, recompute_of
 from axolotl.model.replace import Replacements
@@ -29,11 +30,13 @@ def spare_memory(
     *,
     output_dir: Path | None = None,
     park: Park | None = None,
+    compiles: bool = True,
+    strict: bool = False,
 ) -> Recomputing:
     """Gives a model with its kernels what the keys ask for; undone with `made`.
 
     `model` is transformers' model without PEFT's wrapper. `output_dir` is where `disk` writes; `park` stands for another
-    place than the keys name. Raises ModelError where the model has no layers that can be computed again.
+    place than the keys name; without `compiles`, `torch_compile` is left out, as plans do. Raises ModelError where the model has no layers that can be computed again.
     """
     how = recompute_of(train)
     tiles, asked = kernels.tiled_mlp_num_shards, kernels.tiled_mlp
@@ -52,7 +55,8 @@ def spare_memory(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         made.undoing(lambda: shutil.rmtree(folder, ignore_errors=True))
-    return apply_recompute(model, how, device, made, folder=folder, park=park)
+    compiling = compile_layers(model, train, made, strict=strict) if compiles else None
+    return apply_recompute(model, how, device, made, folder=folder, park=park, compiled=compiling is not None)
 
 
 def in_words(how: Recompute | None, done: Recomputing) -> str:

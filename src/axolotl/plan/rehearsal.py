@@ -243,7 +243,9 @@ class Rehearsal:
         base.config.use_cache = False
         away = _Away() if manner.train.activation_offloading else None
         cpu = torch.device("cpu")
-        self.spared = spare_memory(base, manner.train, manner.kernels, cpu, Replacements(), park=away)
+        self.spared = spare_memory(
+            base, manner.train, manner.kernels, cpu, Replacements(), park=away, compiles=False
+        )
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._book_gradient)

@@ -174,7 +174,13 @@ def build_trainer(
     parts.replaced = _fused(inner, cfg)
     device = next(inner.parameters()).device
     parts.recomputing = spare_memory(
-        inner, cfg.train, cfg.kernels, device, parts.replaced, output_dir=output_dir
+        inner,
+        cfg.train,
+        cfg.kernels,
+        device,
+        parts.replaced,
+        output_dir=output_dir,
+        strict=cfg.output.strict,
     )
     parts.run["recompute"] = in_words(recompute_of(cfg.train), parts.recomputing)
     trainer = _trainer_class(method)(
@@ -283,11 +289,20 @@ def _fused(model: PreTrainedModel, cfg: Config) -> Replacements:
         if cfg.train.torch_compile is True
         else ""
     )
+    kernels = cfg.kernels
+    if cfg.train.torch_compile is True:
+        # Norms, rotary embedding and gates are fused where they stand by torch.compile, which cannot look into ours.
+        left = {
+            k: None for k in ("liger_rms_norm", "liger_rope", "liger_glu_activation") if getattr(kernels, k)
+        }
+        kernels = kernels.model_copy(update=left)
+        if left:
+            note(f"{', '.join(f'`{k}`' for k in left)}: torch.compile fuses these itself.")
     first = next(model.parameters())
     dtype = torch.bfloat16 if cfg.model.bf16 in (True, "full") or cfg.model.bfloat16 else torch.float32
     bench = Bench(
         model,
-        cfg.kernels,
+        kernels,
         first.device,
         torch.float16 if cfg.model.fp16 or cfg.model.float16 else dtype,
         cfg.data.sequence_len * cfg.train.rows_at_once,
