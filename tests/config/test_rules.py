@@ -646,3 +646,32 @@ def test_a_sound_config_breaks_no_rule(tmp_path: Path, text: str) -> None:
     # A key without effect is told by its field, not by a rule.
     found = [p for p in load(text, tmp_path) if state(owner(p.keys[0].split(".")[0]), p.keys[0]) != "idle"]
     assert [str(p) for p in found] == []
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("flash_attn", "flash_attention_2"),
+        ("Flash-Attn-3", "flash_attention_3"),
+        ("fa2", "flash_attention_2"),
+        ("flashattention2", "flash_attention_2"),
+    ],
+)
+def test_other_names_of_flash_attention(written: str, meant: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yml"
+    file.write_text(f"base_model: x\nattn_implementation: {written}\n")
+    with pytest.raises(ConfigError) as told:
+        load_config(str(file))
+    [problem] = [p for p in told.value.problems if "attn_implementation" in p.keys]
+    assert f"`{meant}`" in problem.remedy
+
+
+def test_a_missing_key_names_the_file_in_which_it_should_stand(tmp_path: Path) -> None:
+    file = tmp_path / "config.yml"
+    file.write_text("base_model: x\n")
+    with pytest.raises(ConfigError) as told:
+        load_config(str(file))
+    assert {p.keys[0]: str(p.places[0]) for p in told.value.problems} == {
+        "datasets": str(file),
+        "learning_rate": str(file),
+    }

@@ -132,6 +132,9 @@ class Config:
     ) -> Problem:
         """A Problem with the places of these keys; for checks that need more than the config."""
         places = tuple(self.place(k) for k in keys if self._spot(k))
+        if not places and kind == "missing" and self.sources:
+            # A key that is nowhere has no line, but a file in which it should stand.
+            places = (Place(str(self.sources[0])),)
         return Problem(message, remedy, kind, keys, places, self.excerpt(places[0]) if places else "", code)
 
     def with_values(self, values: Mapping[str, Any], reasons: Mapping[str, str]) -> Config:

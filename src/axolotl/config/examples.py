@@ -93,6 +93,8 @@ EXAMPLES: dict[str, Any] = {
     "gradient_accumulation_steps": 4,
     "gradient_checkpointing_kwargs": {"use_reentrant": False},
     "gradio_server_port": 7860,
+    "lm_eval_tasks": ["arc_easy", "hellaswag"],
+    "lm_eval_model": "outputs/mine/merged",
     "gradio_title": "My model",
     "heads_k_stride": 1,
     "hub_model_id": "you/my-model",

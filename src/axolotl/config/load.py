@@ -275,7 +275,7 @@ def _finish(loading: Loading, verb: str, checks: Sequence[Check]) -> Config:
 
 
 def _order(problem: Problem) -> tuple[int, str, int, int]:
-    if not problem.places:
+    if not problem.places or (problem.kind == "missing" and problem.places[0].line is None):
         return (1, "", 0, 0)
     place = problem.places[0]
     return (0, place.file, place.line or 0, place.column or 0)

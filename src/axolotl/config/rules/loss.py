@@ -22,6 +22,11 @@ ATTENTION_LATER = ("sage", "fp8")
 _SHORT = {
     "flash": "flash_attention_2",
     "flash_attention": "flash_attention_2",
+    "flash_attn": "flash_attention_2",
+    "flash_attn_2": "flash_attention_2",
+    "flash_attn_3": "flash_attention_3",
+    "flash_attn_4": "flash_attention_4",
+    "flash_2": "flash_attention_2",
     "fa2": "flash_attention_2",
     "fa3": "flash_attention_3",
     "flex": "flex_attention",
@@ -66,7 +71,8 @@ def attention_is_known(cfg: Config) -> Iterator[Problem]:
             kind="unavailable",
         )
         return
-    near = [_SHORT[name]] if name in _SHORT else nearest(name, ATTENTION)
+    short = name.lower().replace("-", "_")
+    near = [_SHORT[short]] if short in _SHORT else nearest(name, ATTENTION)
     yield conflict(
         f"`attn_implementation` is `{name}`; it takes {', '.join(f'`{n}`' for n in ATTENTION)}, or a kernel "
         "on the Hub.",
