@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_from_disk
 
+from axolotl.config.host import Ram
 from axolotl.data import prepare as preparing_module
 from axolotl.data import shards, workers
 from axolotl.data.prepare import prepare
@@ -268,6 +269,30 @@ def test_a_killed_worker_is_told(tmp_path: Path, tokenizer: Any, monkeypatch: py
     monkeypatch.setattr(workers.WorkerPool, "__init__", and_kill)
     with pytest.raises(EnvironmentProblem, match=r"signal 9.*memory"):
         prepare(section(path, folder=tmp_path / "p"), tokenizer, workers=2)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_processes_end_where_memory_runs_short_and_the_result_stays(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_rows(tmp_path / "a.jsonl", alpaca(300))
+    ended: list[int | None] = []
+    close = workers.WorkerPool.close
+
+    def looked_at(pool: workers.WorkerPool) -> None:
+        ended.extend(process.poll() for process in pool._processes)
+        close(pool)
+
+    monkeypatch.setattr(workers.WorkerPool, "close", looked_at)
+    monkeypatch.setattr(workers, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(workers, "ram", lambda: Ram(10 << 30, 1 << 26, "container"))
+    few = prepare(section(path, folder=tmp_path / "few"), tokenizer, workers=3)
+    assert ended == [None, -signal.SIGKILL, -signal.SIGKILL]
+    told = capfd.readouterr().err
+    assert "2 processes prepare data from here on" in told
+    assert "0.1 GiB of the container's 10.0 GiB are left" in told
+    one = prepare(section(path, folder=tmp_path / "one"), tokenizer, workers=1)
+    assert content(few.root) == content(one.root)
 
 
 def test_bad_rows_are_named_and_nothing_is_left(tmp_path: Path, tokenizer: Any) -> None:

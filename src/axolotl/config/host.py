@@ -13,6 +13,7 @@ except ImportError:  # Windows has none
     resource = None  # type: ignore[assignment]
 
 _UNLIMITED = 1 << 60
+_GIB = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,16 @@ class Ram:
     free: int
     limit: str
     """What sets the total: `machine` or `container`."""
+
+    @property
+    def scarce(self) -> bool:
+        """Whether so little is left (a tenth, or 1 GiB) that work that can do with less should."""
+        return bool(self.total) and self.free < min(_GIB, self.total // 10)
+
+    @property
+    def nearly_out(self) -> bool:
+        """Whether so little is left (a twentieth, or half a GiB) that the kernel may soon end the process."""
+        return bool(self.total) and self.free < min(_GIB // 2, self.total // 20)
 
 
 def ram(root: Path = Path("/")) -> Ram:

@@ -16,12 +16,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from multiprocessing.connection import Connection, wait
 
-from axolotl.config.host import ram
+from axolotl.config.host import bytes_as_gib, ram
+from axolotl.console import note
 from axolotl.data.formats import formats
 from axolotl.data.work import ChunkResult, ChunkWorker, Job, Row
 from axolotl.errors import EnvironmentProblem, Problem, UserError
@@ -30,6 +32,8 @@ _FEW_CHUNKS = 6
 """A dataset of no more chunks is prepared without workers: they would take longer to start."""
 _WORKER_BYTES = 400 * 2**20
 """Memory of a worker process: libraries, tokenizer, chunks."""
+_LOOK_SECONDS = 1.0
+"""How often a pool looks at the memory that is left."""
 _AHEAD = 2
 """Chunks that a worker has at a time: one in work, one waiting, so that it is never idle."""
 
@@ -96,7 +100,11 @@ class WorkerPool:
         self._answers: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._load = dict.fromkeys(range(count), 0)
-        """Chunks that each worker has."""
+        """Chunks that each worker has; those that get no more are not in it."""
+        self._leaving: dict[int, int] = {}
+        """Chunks that workers still have which end after them."""
+        self._gone: set[int] = set()
+        self._looked = time.monotonic()
         self._sent = 0
         for _ in range(count):
             (their_tasks, tasks), (answers, their_answers) = os.pipe(), os.pipe()
@@ -130,9 +138,10 @@ class WorkerPool:
         done: dict[int, ChunkResult] = {}
         source = iter(chunks)
         due, more = self._sent, True
-        # A slow chunk holds back the results after it: no more are let in than this.
-        limit = 2 * _AHEAD * len(self._tasks)
         while more or due < self._sent:
+            self._look_at_memory()
+            # A slow chunk holds back the results after it: no more are let in than this.
+            limit = 2 * _AHEAD * len(self._load)
             while more and self._sent - due < limit and min(self._load.values()) < _AHEAD:
                 item = next(source, None)
                 if item is None:
@@ -149,6 +158,30 @@ class WorkerPool:
             elif more or due < self._sent:
                 self._collect(done, due, block=True)
 
+    def _look_at_memory(self) -> None:
+        """Lets a worker go where memory runs short: each that ends gives its own back, and the last one stays."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_SECONDS or len(self._load) == 1 or self._leaving:
+            return
+        self._looked = now
+        if not (left := ram()).scarce:
+            return
+        target = max(self._load)
+        self._leaving[target] = self._load.pop(target)
+        note(
+            f"Memory runs short ({bytes_as_gib(left.free)} of the {left.limit}'s {bytes_as_gib(left.total)} are left): "
+            f"{'one process prepares' if len(self._load) == 1 else f'{len(self._load)} processes prepare'} data from here "
+            "on. [AX1405]"
+        )
+        if not self._leaving[target]:
+            self._end(target)
+
+    def _end(self, target: int) -> None:
+        del self._leaving[target]
+        self._processes[target].kill()
+        self._processes[target].wait()
+        self._gone.add(target)
+
     def _send(self, target: int, message: bytes) -> None:
         try:
             self._tasks[target].send_bytes(message)
@@ -156,13 +189,19 @@ class WorkerPool:
             raise self._dead(target) from None
 
     def _collect(self, done: dict[int, ChunkResult], due: int, *, block: bool) -> None:
-        for ready in wait(self._answers, None if block else 0):
+        open_ends = [answers for i, answers in enumerate(self._answers) if i not in self._gone]
+        for ready in wait(open_ends, None if block else 0):
             target = self._answers.index(ready)  # type: ignore[arg-type]
             try:
                 number, result = pickle.loads(self._answers[target].recv_bytes())
             except (EOFError, OSError):
                 raise self._dead(target) from None
-            self._load[target] -= 1
+            if target in self._leaving:
+                self._leaving[target] -= 1
+                if not self._leaving[target]:
+                    self._end(target)
+            else:
+                self._load[target] -= 1
             if number < due:
                 continue
             if isinstance(result, str):

@@ -11,9 +11,6 @@ from axolotl.config.host import Ram, bytes_as_gib, ram
 from axolotl.errors import Problem
 
 EVERY_SECONDS = 1.0
-LEAST = 512 * 2**20
-SHARE = 0.05
-"""There is a warning when less than this share of the memory, and less than LEAST bytes, is left."""
 
 
 @contextmanager
@@ -24,7 +21,7 @@ def within_ram(what: str, look: Callable[[], Ram] = ram, every: float = EVERY_SE
     def watch() -> None:
         while not ended.wait(every):
             now = look()
-            if now.total and now.free < min(LEAST, SHARE * now.total):
+            if now.nearly_out:
                 console.show_problem(_short(now, what))
                 return
 
