@@ -17,6 +17,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from axolotl.config.attention import BACKENDS, SHORT
 from axolotl.config.model import ModelSection
 from axolotl.config.resolve import Hardware
 from axolotl.data.collate import PackedCollator
@@ -227,3 +228,13 @@ def test_a_model_can_be_switched():
     model = build("llama", "sdpa")
     assert set_attention(model, PACKED)
     assert model.config._attn_implementation == PACKED
+
+
+def test_the_table_of_names_holds_for_rules_and_loading() -> None:
+    gpu = Hardware(device="cuda", gpu_names=("NVIDIA H200",), bf16=True)
+    for name in BACKENDS:
+        model = ModelSection(base_model="x", attn_implementation=name)
+        assert choose_attention(model, True, gpu).name in (name, PACKED)
+    for short, meant in SHORT.items():
+        with pytest.raises(ConfigError, match=f"Did you mean `{meant}`"):
+            choose_attention(ModelSection(base_model="x", attn_implementation=short), False, gpu)

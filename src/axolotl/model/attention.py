@@ -22,13 +22,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
+from axolotl.config.attention import BACKENDS, PACKED, SHORT, backend_of
 from axolotl.config.model import ModelSection
 from axolotl.config.resolve import Hardware
 from axolotl.errors import ConfigError, ModelError, Problem
 from axolotl.model.context import shared_rows
 from axolotl.model.varlen import UNMEASURED, Remembered, Run, kernel, on_host, unusable
-
-PACKED = "axolotl_packed"
 
 
 @dataclass(frozen=True)
@@ -41,31 +40,6 @@ class AttentionChoice:
     """The rows of a packed batch are joined into one long row; otherwise they stay rows of their own."""
 
 
-@dataclass(frozen=True)
-class Backend:
-    """How one value of `attn_implementation` is carried out: packed and unpacked, and where it cannot run."""
-
-    packed: str
-    unpacked: str
-    cuda_only: str = ""
-    """Why it needs a GPU, for the error message; empty: runs everywhere."""
-
-
-_OURS = Backend(PACKED, "sdpa")
-BACKENDS: dict[str, Backend] = {
-    "eager": Backend("eager", "eager"),
-    "sdpa": Backend("sdpa", "sdpa"),
-    "flex_attention": Backend(
-        "flex_attention", "flex_attention", "flex attention has no backward pass on the CPU"
-    ),
-    "flash_attention_2": _OURS,
-    "flash_attention_3": _OURS,
-    "flash_attention_4": _OURS,
-    "xformers": _OURS,
-    PACKED: Backend(PACKED, PACKED),
-}
-
-
 def choose_attention(
     model: ModelSection, packing: bool, hardware: Hardware, shared: bool = False
 ) -> AttentionChoice:
@@ -75,20 +49,16 @@ def choose_attention(
     Raises ConfigError for an implementation that is unknown or that this machine cannot train with.
     """
     asked = model.attn_implementation
-    if shared and (asked is None or "/" in asked or BACKENDS.get(asked, _OURS).packed == PACKED):
+    if shared and (asked is None or ((own := backend_of(asked)) is not None and own.packed == PACKED)):
         return AttentionChoice(PACKED, "rows are shared by several processes", packing)
     if asked is None:
         name = PACKED if packing else "sdpa"
         return AttentionChoice(name, "packed rows" if packing else "the default", packing)
-    backend = _OURS if "/" in asked else BACKENDS.get(asked)
+    backend = backend_of(asked)
     if backend is None:
-        near = (
-            "flash_attention_2"
-            if asked.startswith("flash")
-            else next(iter(difflib.get_close_matches(asked, BACKENDS, n=1)), "")
-        )
+        near = SHORT.get(asked) or next(iter(difflib.get_close_matches(asked, BACKENDS, n=1)), "")
         remedy = f"Did you mean `{near}`? " if near else ""
-        remedy += f"Known: {', '.join(sorted(set(BACKENDS) - {PACKED}))}."
+        remedy += f"Known: {', '.join(sorted(BACKENDS))}."
         raise ConfigError(_problem(f"`attn_implementation: {asked}` is not available.", remedy))
     if backend.cuda_only and hardware.device != "cuda":
         message = f"`attn_implementation: {asked}` needs a GPU: {backend.cuda_only}."
@@ -107,19 +77,12 @@ def check(model: ModelSection, packing: bool, hardware: Hardware) -> list[Proble
     return []
 
 
-_PACKAGES = {
-    "flash_attention_2": "flash_attn",
-    "flash_attention_3": "flash_attn_interface",
-    "flash_attention_4": "flash_attn.cute",
-    "xformers": "xformers",
-}
-
-
 def missing_backend(asked: str | None, hardware: Hardware) -> str | None:
     """Why the attention that was asked for by name is not what will run; None where it is."""
-    package = _PACKAGES.get(asked or "")
-    if package is None:
+    backend = backend_of(asked or "")
+    if backend is None or not backend.package:
         return None
+    package = backend.package
     if hardware.device != "cuda":
         return "there is no NVIDIA GPU here"
     try:

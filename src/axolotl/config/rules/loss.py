@@ -4,34 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from axolotl.config.attention import BACKENDS, LATER, PACKED, SHORT, backend_of
 from axolotl.config.config import Config
 from axolotl.config.keys import did_you_mean, nearest
 from axolotl.config.rules.rulebook import conflict, rule, warning
 from axolotl.errors import Problem
 
-ATTENTION = (
-    "eager",
-    "sdpa",
-    "flash_attention_2",
-    "flash_attention_3",
-    "flash_attention_4",
-    "flex_attention",
-    "xformers",
-)
-ATTENTION_LATER = ("sage", "fp8")
-_SHORT = {
-    "flash": "flash_attention_2",
-    "flash_attention": "flash_attention_2",
-    "flash_attn": "flash_attention_2",
-    "flash_attn_2": "flash_attention_2",
-    "flash_attn_3": "flash_attention_3",
-    "flash_attn_4": "flash_attention_4",
-    "flash_2": "flash_attention_2",
-    "fa2": "flash_attention_2",
-    "fa3": "flash_attention_3",
-    "flex": "flex_attention",
-    "sdp": "sdpa",
-}
 _LOSSES = (
     "cut_cross_entropy",
     "chunked_cross_entropy",
@@ -61,9 +39,9 @@ def one_precision(cfg: Config) -> Iterator[Problem]:
 def attention_is_known(cfg: Config) -> Iterator[Problem]:
     """A name of ours, or a kernel on the Hub."""
     name = cfg.model.attn_implementation
-    if name is None or name in ATTENTION or "/" in name:
+    if name is None or name in BACKENDS or "/" in name:
         return
-    if name in ATTENTION_LATER:
+    if name in LATER:
         yield conflict(
             f"`attn_implementation: {name}` is known, but not available yet.",
             "Leave it out to have the best one chosen.",
@@ -72,9 +50,9 @@ def attention_is_known(cfg: Config) -> Iterator[Problem]:
         )
         return
     short = name.lower().replace("-", "_")
-    near = [_SHORT[short]] if short in _SHORT else nearest(name, ATTENTION)
+    near = [SHORT[short]] if short in SHORT else nearest(name, BACKENDS)
     yield conflict(
-        f"`attn_implementation` is `{name}`; it takes {', '.join(f'`{n}`' for n in ATTENTION)}, or a kernel "
+        f"`attn_implementation` is `{name}`; it takes {', '.join(f'`{n}`' for n in BACKENDS)}, or a kernel "
         "on the Hub.",
         did_you_mean(near) or "Leave it out to have the best one chosen.",
         "attn_implementation",
@@ -99,7 +77,7 @@ def attention_kernel_is_for_packed_rows(cfg: Config) -> Iterator[Problem]:
     """It says how our packed attention is computed, which other implementations replace."""
     if cfg.model.attn_kernel is None:
         return
-    if cfg.model.attn_implementation in ("eager", "sdpa", "flex_attention"):
+    if (own := backend_of(cfg.model.attn_implementation or "")) is not None and own.packed != PACKED:
         yield conflict(
             f"`attn_kernel` has no part in `attn_implementation: {cfg.model.attn_implementation}`.",
             "Keep one of them.",
