@@ -80,7 +80,7 @@ def test_what_was_told_is_told_again_of_rows_that_are_there_already(tmp_path: Pa
         "`zzz`, which",
         "does not write the tools on offer (5 times)",
         "2 blank lines skipped",
-        "never writes `<|eot_id|>`",
+        "c.yml:eot_tokens: warning: the chat template `gemma` never writes `<|eot_id|>`",
         "`<start_of_turn>`, which this tokenizer does not know",
     ):
         assert expected in "\n".join(told[0])

@@ -352,6 +352,23 @@ def test_parquet_with_a_text_that_is_not_utf8(tmp_path: Path) -> None:
     assert "not UTF-8" in told.message
 
 
+def test_a_table_with_two_columns_of_one_name(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["x"]), pa.array(["y"])], names=["a", "a"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="the column `a` twice"):
+        ParquetReader(tmp_path / "a.parquet").columns()
+
+
+def test_damage_inside_of_a_table_is_told_with_the_rows_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": [f"text {i}" for i in range(3000)]}), path, row_group_size=1000)
+    at = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    raw = bytearray(path.read_bytes())
+    raw[at.dictionary_page_offset : at.dictionary_page_offset + 200] = b"\xff" * 200
+    (told,) = problems(ParquetReader(write(path, bytes(raw))))
+    assert "damaged or cut off" in told.message and "(after row 1,000)" in told.message
+
+
 def test_fingerprints_are_of_the_content(tmp_path: Path) -> None:
     one, same = write(tmp_path / "a.jsonl", LINES), write(tmp_path / "b.jsonl", LINES)
     other = write(tmp_path / "c.jsonl", LINES.replace(b"2", b"3"))

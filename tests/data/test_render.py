@@ -333,6 +333,7 @@ def test_a_refusing_template_is_a_problem_of_the_row() -> None:
     [
         ("{% for m in messages %}{{ m.foo.bar }}{% endfor %}", "a message has no attribute 'foo'"),
         ("{% for m in messages %}{{ m.content.foo.bar }}{% endfor %}", "a text has no attribute 'foo'"),
+        ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "a text and 'int'"),
         ("{% for i in range(10 ** 9) %}x{% endfor %}", "OverflowError"),
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
         ("{% macro m(x) %}{{ m(x) }}{% endmacro %}{{ m(1) }}", "RecursionError"),

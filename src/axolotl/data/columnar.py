@@ -37,9 +37,20 @@ class TableReader(Reader):
 
     def columns(self, look: int = PEEK_ROWS) -> list[str]:
         try:
-            return list(self.schema().names)
+            names = list(self.schema().names)
         except _DAMAGE as error:
             raise damaged(self.label, error) from error
+        for name in names:
+            if names.count(name) > 1:
+                raise DataError(
+                    Problem(
+                        f"`{self.label}` has the column `{name}` twice.",
+                        "Give each column its own name: which of them is meant cannot be known.",
+                        "data",
+                        places=(Place(self.label),),
+                    )
+                )
+        return names
 
     def rows(self, start: int = 0) -> Iterator[tuple[int, Row]]:
         number = 0
@@ -63,7 +74,7 @@ class TableReader(Reader):
                 )
             ) from error
         except _DAMAGE as error:
-            raise damaged(self.label, error) from error
+            raise damaged(self.label, error, number) from error
 
 
 class ParquetReader(TableReader):

@@ -130,8 +130,8 @@ def excerpt(text: str, column: int | None) -> str:
     return f"{head}{text[start:end]}{tail}\n{caret}"
 
 
-def damaged(label: str, error: Exception) -> DataError:
-    """The error of a file that cannot be read to its end."""
+def damaged(label: str, error: Exception, after: int = 0) -> DataError:
+    """The error of a file that cannot be read to its end. `after`: rows that could be read."""
     if isinstance(error, PermissionError):
         return DataError(
             Problem(
@@ -141,6 +141,7 @@ def damaged(label: str, error: Exception) -> DataError:
     if isinstance(error, FileNotFoundError):
         return DataError(Problem(f"`{label}` is not there any more.", kind="path"))
     said = " ".join(str(error).split()) or type(error).__name__
+    said += f" (after row {after:,})" if after else ""
     return DataError(
         Problem(
             f"`{label}` is damaged or cut off: {said}",

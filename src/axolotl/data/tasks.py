@@ -75,7 +75,9 @@ def open_tasks(
             format_ = resolve_format(entry, columns, section, places(f"{key}.type"))
             renderer = build_renderer(facts, section, entry)
             unfit = check_fields(format_, columns, entry, places(key))
-            found = [unfit] if unfit else [of_entry(p, entry, key, places) for p in renderer.problems()]
+            found = (
+                [unfit] if unfit else [of_entry(p, entry, key, places, section) for p in renderer.problems()]
+            )
             problems += found
         except UserError as error:
             here = (places(key),)
@@ -119,12 +121,17 @@ def _first_rows(task: Task) -> list[Problem]:
     return [row_problem(failure) for failure in result.failures]
 
 
-def of_entry(problem: Problem, entry: DatasetEntry, key: str, places: Callable[[str], Place]) -> Problem:
-    """A problem of a dataset with the place of the option that the dataset itself sets."""
-    own = next((k for k in problem.keys if k in entry.model_fields_set), None)
-    if own is None or problem.places:
+def of_entry(
+    problem: Problem, entry: DatasetEntry, key: str, places: Callable[[str], Place], data: DataSection
+) -> Problem:
+    """A problem of a dataset with the place of the option that the dataset itself sets, or else the whole config."""
+    if problem.places:
         return problem
-    return replace(problem, places=(places(f"{key}.{own}"),), keys=(f"{key}.{own}",))
+    own = next((k for k in problem.keys if k in entry.model_fields_set), None)
+    if own is not None:
+        return replace(problem, places=(places(f"{key}.{own}"),), keys=(f"{key}.{own}",))
+    shared = next((k for k in problem.keys if k in data.model_fields_set), None)
+    return problem if shared is None else replace(problem, places=(places(shared),))
 
 
 def fingerprint_parts(

@@ -247,7 +247,7 @@ def _in_words(error: Exception) -> str:
     text = str(getattr(error, "message", None) or error)
     for ours, word in ((TurnDict, "a message"), (Traced, "a text")):
         text = text.replace(f"'{ours.__module__}.{ours.__qualname__} object'", word)
-        text = text.replace(f"'{ours.__qualname__}' object", word)
+        text = text.replace(f"'{ours.__qualname__}' object", word).replace(f"'{ours.__qualname__}'", word)
     return text
 
 

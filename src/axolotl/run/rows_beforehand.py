@@ -99,7 +99,9 @@ def first_rows(
     if not entry.path or not Path(entry.path).expanduser().exists():
         return []
     data = cfg.data
-    problems = [of_entry(p, entry, key, cfg.place) for p in build_renderer(facts, data, entry).problems()]
+    problems = [
+        of_entry(p, entry, key, cfg.place, data) for p in build_renderer(facts, data, entry).problems()
+    ]
     if any(p.fatal for p in problems):
         return problems
     batch = next(iter(source.batches(FIRST_ROWS, 0)), [])

@@ -218,6 +218,11 @@ def test_train_on_inputs_trains_the_prompt() -> None:
         ({"instruction": "x", "output": ["y"]}, "field is not text", "`output` holds a list"),
         ({"instruction": "x", "input": {}, "output": "y"}, "field is not text", "`input` holds an object"),
         ({"instruction": "x", "output": True}, "field is not text", "`output` holds a boolean"),
+        (
+            {"instruction": "x", "input": float("nan"), "output": "y"},
+            "field is not a number",
+            "`input` holds `nan`",
+        ),
     ],
 )
 def test_unusable_rows(row: dict[str, Any], reason: str, detail: str) -> None:

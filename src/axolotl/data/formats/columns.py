@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from axolotl.data.json_keys import Decoder
@@ -35,6 +36,12 @@ def optional_text(row: dict[str, Any], field: str) -> str:
 def as_text(value: Any, field: str) -> str:
     """A number as it is written; RowProblem for anything else that is not text."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise RowProblem(
+                "field is not a number",
+                f"`{field}` holds `{value}`",
+                "Write null, or an empty text, for what is missing.",
+            )
         return str(value)
     raise RowProblem("field is not text", f"`{field}` holds {kind(value)}")
 
