@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import peft
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, set_seed
 
 from axolotl.console import note
 from axolotl.errors import ModelError, Problem
-from axolotl.model.adapter_files import adapter_config, check_adapter_fits
+from axolotl.model.adapter_files import adapter_config, check_adapter_fits, unreadable_pickle
 from axolotl.model.embeddings import embedding_rows, resize_embeddings, rows_in_adapter
 from axolotl.model.files import ADAPTER_WEIGHTS
 from axolotl.model.targets import check_names, target_modules
@@ -308,6 +309,8 @@ def load_adapter(
                 is_trainable=trainable,
                 autocast_adapter_dtype=autocast_adapter_dtype,
             )
+    except UnpicklingError as error:
+        raise ModelError(unreadable_pickle(folder, error)) from None
     except (ValueError, KeyError, RuntimeError, TypeError, NotImplementedError) as error:
         raise ModelError(
             f"The adapter `{folder}` cannot be put on this base model: {str(error).strip().splitlines()[0]}",

@@ -103,6 +103,17 @@ def adapter_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, Te
     )
 
 
+def unreadable_pickle(folder: Path, error: Exception) -> Problem:
+    """What is wrong with an `adapter_model.bin` that is allowed, but holds other things than weights, or is damaged."""
+    return Problem(
+        f"`{folder / 'adapter_model.bin'}` cannot be read as weights and nothing else: "
+        f"{str(error).strip().splitlines()[0]}",
+        "Have it saved as safetensors by whom it comes from. What it would run was not run.",
+        "model",
+        ("lora_model_dir",),
+    )
+
+
 def check_adapter_fits(
     model: PreTrainedModel, folder: Path, config: PeftConfig, *, allow_pickle: bool = False
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from peft.utils import load_peft_weights
 from torch import nn
 
 from axolotl.errors import ModelError
+from axolotl.model.adapter_files import unreadable_pickle
 from axolotl.model.files import ADAPTER_WEIGHTS, TensorEntry, read_header
 from axolotl.weights.tensors import read_tensor
 
@@ -46,7 +48,7 @@ class DeferredAdapter:
         Raises ModelError for a file without what the adapter's configuration promises.
         """
         if not self.entries:
-            return self._set(model, load_peft_weights(str(self.folder), device="cpu"))
+            return self._set(model, self._unpickled())
         placeholders = {
             name: torch.zeros(1).expand(entry.shape) if len(entry.shape) > 1 else self._read(name)
             for name, entry in self.entries.items()
@@ -66,6 +68,13 @@ class DeferredAdapter:
             self._waiting.clear()
             return self._set(model, {name: self._read(name) for name in self.entries})
         return missing
+
+    def _unpickled(self) -> dict[str, torch.Tensor]:
+        try:
+            found: dict[str, torch.Tensor] = load_peft_weights(str(self.folder), device="cpu")
+            return found
+        except (UnpicklingError, RuntimeError, EOFError) as error:
+            raise ModelError(unreadable_pickle(self.folder, error)) from None
 
     def _set(self, model: PeftModel, weights: dict[str, torch.Tensor]) -> list[str]:
         try:

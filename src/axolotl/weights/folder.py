@@ -29,6 +29,21 @@ def refuse_destination(destination: Path, *sources: Path) -> None:
         )
 
 
+def refuse_foreign_model(destination: Path) -> None:
+    """Raises ModelError for a destination with a model that is not the result of an earlier merge."""
+    if (destination / "config.json").is_file() and not _is_ours(destination):
+        raise ModelError(
+            f"`{destination}` holds a model that no merge wrote; it is not overwritten.",
+            "Choose another output folder, or delete this one first.",
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether the model of a folder can be made again: its card says where it comes from."""
+    card = folder / "README.md"
+    return card.is_file() and "axolotl" in card.read_text(encoding="utf-8", errors="replace")
+
+
 def need_space(folder: Path, needed: int, what: str) -> None:
     """Raises EnvironmentProblem where the disk that will hold `folder` has fewer than `needed` bytes free."""
     place = folder

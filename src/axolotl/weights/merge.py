@@ -27,7 +27,14 @@ from axolotl.model.quantize import scheme_of, unpacking
 from axolotl.model.tokenizer import explain_load_failure, load_tokenizer
 from axolotl.weights.beside import save_beside
 from axolotl.weights.card import model_card
-from axolotl.weights.folder import gigabytes, need_space, refuse_destination, replace, written_whole
+from axolotl.weights.folder import (
+    gigabytes,
+    need_space,
+    refuse_destination,
+    refuse_foreign_model,
+    replace,
+    written_whole,
+)
 from axolotl.weights.quantized_base import round_trip, rounding_of_training
 from axolotl.weights.skeleton import NotLayerwiseError, Skeleton, why_not_layerwise
 from axolotl.weights.stream import Written, main_dtype, write_merged
@@ -114,6 +121,7 @@ def merge(
     bars_only_at_a_terminal()
     job = _prepare(model, adapter, adapter_dir, tokenizer, base)
     refuse_destination(destination, job.folder, adapter_dir)
+    refuse_foreign_model(destination)
     if is_untrained(adapter_dir):
         warn(f"The adapter `{adapter_dir}` was never trained: merging it changes nothing.")
     need = bytes_to_write(job.folder, unpacked=job.unpacking is not None)

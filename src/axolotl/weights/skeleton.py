@@ -157,7 +157,9 @@ class Skeleton:
         self.linear_names = frozenset(
             f"{n}.weight" for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and m is not head
         )
-        check_adapter_fits(self.model, folder, peft_config)
+        check_adapter_fits(
+            self.model, folder, peft_config, allow_pickle=True
+        )  # refused before, unless allowed
         peft_config = copy.deepcopy(peft_config)
         peft_config.inference_mode = True
         self.deferred = DeferredAdapter(folder)
