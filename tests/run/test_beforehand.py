@@ -99,6 +99,16 @@ def test_a_mistake_is_told_with_its_line_by_check_and_train(config, bare, more: 
     assert not Path("out").exists() and not Path("last_run_prepared").exists()
 
 
+def test_fp8_without_a_gpu_is_told_with_its_line(config, bare) -> None:
+    file = config("fp8: true\ntorch_compile: true")
+    found = fatal(check(load_config(file)))
+    assert [p.keys for p in found] == [("fp8",), ("fp8",)]
+    assert "there is no NVIDIA GPU" in found[0].message and "torchao" in found[1].message
+    assert len({p.places[0].line for p in found}) == 1
+    with pytest.raises(UserError, match="no NVIDIA GPU"):
+        train(load_config(file))
+
+
 def test_all_mistakes_are_told_at_once(config, bare) -> None:
     more = "\n".join(
         [

@@ -80,7 +80,15 @@ def test_evaluating_and_saving_know_nothing_of_it(trainer: Any, tmp_path: Any) -
 def test_compiled_layers_train_packed_rows(trainer: Any) -> None:
     """With kernels and recomputation, evaluated too."""
     found = []
-    for keys in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager", "gradient_checkpointing": True, "liger_rms_norm": True}):
+    for keys in (
+        {},
+        {
+            "torch_compile": True,
+            "torch_compile_backend": "aot_eager",
+            "gradient_checkpointing": True,
+            "liger_rms_norm": True,
+        },
+    ):
         run = trainer(
             tiny_model(),
             rows(24),

@@ -196,9 +196,9 @@ class ModelSection(Section):
     """Train in bfloat16; `auto` does so where the hardware can."""
     fp16: Annotated[bool | None, BeforeValidator(_auto), Also("`auto`", {"enum": ["auto"]})] = None
     """Train in float16 with loss scaling."""
-    fp8: bool = later("fp8 training", False)
+    fp8: bool = False
     """Do the matrix products in 8-bit floats."""
-    fp8_enable_fsdp_float8_all_gather: bool = later("fp8 training", False)
+    fp8_enable_fsdp_float8_all_gather: bool = later("gathering FSDP shards in 8-bit floats", False)
     """Gather sharded weights in 8-bit floats."""
     bfloat16: bool = False
     """Load and train purely in bfloat16, without float32 copies."""

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from axolotl.errors import ModelError
 from axolotl.model.park import Park, Ticket
@@ -146,7 +147,12 @@ def _layout(t: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _memory(t: torch.Tensor) -> int:
-    return t.untyped_storage()._cdata
+    # Tensors that wrap others have no memory of their own.
+    return -id(t) if is_traceable_wrapper_subclass(t) else t.untyped_storage()._cdata
+
+
+def _size(t: torch.Tensor) -> int:
+    return t.numel() * t.element_size() if is_traceable_wrapper_subclass(t) else t.untyped_storage().nbytes()
 
 
 class Frame:
@@ -227,7 +233,7 @@ class Frame:
         mine = [
             p for r in self.places[part.start : part.stop] if (p := r()) is not None and p.kept is not None
         ]
-        memory = {_memory(p.kept): p.kept.untyped_storage().nbytes() for p in mine if p.kept is not None}
+        memory = {_memory(p.kept): _size(p.kept) for p in mine if p.kept is not None}
         of_out = out.numel() * out.element_size()
         memory.setdefault(_memory(out), out.untyped_storage().nbytes())
         if sum(memory.values()) > MOST_KEPT * of_out:

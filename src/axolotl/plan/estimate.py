@@ -141,6 +141,8 @@ def requirement(
         )
     if cfg.train.torch_compile is True:
         notes.append("`torch_compile` is planned as if it were off: it needs less memory and time.")
+    if cfg.model.fp8:
+        notes.append("`fp8` is planned as if it were off: its products take less time.")
     if layout.gpus > 1:
         notes.append(
             "What several GPUs hold and exchange is worked out from the strategy, and was compared with no run."

@@ -15,7 +15,7 @@ UNLOCKS: Mapping[str, tuple[str, str]] = {
     "deepspeed": ("deepspeed", "ZeRO: models divided among GPUs, offloading"),
     "bitsandbytes": ("bitsandbytes", "QLoRA, 8-bit bases, 8-bit optimizers"),
     "liger": ("liger_kernel", "Liger's fused kernels"),
-    "torchao": ("torchao", "8-bit and 4-bit AdamW, quantisation"),
+    "torchao": ("torchao", "8-bit and 4-bit AdamW, training in 8-bit floats, quantisation"),
     "optimizers": ("schedulefree", "schedule-free, optimi, CAME, GrokAdamW"),
     "rl": ("trl", "preference tuning and reinforcement learning"),
     "gradio": ("gradio", "`inference --gradio`: a page in the browser"),

@@ -12,7 +12,7 @@ from axolotl.data import templates
 from axolotl.distributed.world import world
 from axolotl.errors import Problem, UserError
 from axolotl.inference.benchmarks import check_tasks
-from axolotl.model import attention, load, quantize, tokenizer
+from axolotl.model import attention, float8, load, quantize, tokenizer
 from axolotl.model.files import check_adapter_dir, check_base_model
 from axolotl.model.hub import check_hub, check_upload
 from axolotl.optim import registry as optimizers
@@ -54,6 +54,7 @@ def _cheap(cfg: Config, hardware: Hardware, processes: int) -> Iterator[Problem]
     yield from check_heads(cfg)
     yield from tokenizer.check(cfg.model)
     yield from quantize.check(cfg.model, cfg.adapter)
+    yield from float8.check(cfg.model, hardware)
     yield from attention.check(cfg.model, packs_rows(cfg.data), hardware)
     yield from templates.check(cfg.data)
     yield from optimizers.check(cfg.optim)

@@ -28,6 +28,7 @@ from axolotl.errors import ModelError, Problem
 from axolotl.methods.registry import Method, method_of
 from axolotl.model.attention import AttentionChoice, choose_attention, set_attention
 from axolotl.model.context import SharedRows, share_rows
+from axolotl.model.float8 import train_in_float8
 from axolotl.model.patch import Bench, apply_kernels
 from axolotl.model.recompute import recompute_of
 from axolotl.model.replace import Replacements
@@ -172,6 +173,8 @@ def build_trainer(
     tracked, arguments.report_to = list(arguments.report_to or []), []
     inner.config.use_cache = False
     parts.replaced = _fused(inner, cfg)
+    if cfg.model.fp8:
+        train_in_float8(inner, parts.replaced)
     device = next(inner.parameters()).device
     parts.recomputing = spare_memory(
         inner,

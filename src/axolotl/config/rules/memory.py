@@ -133,3 +133,44 @@ def tiles_need_tiling(cfg: Config) -> Iterator[Problem]:
             "Set `tiled_mlp: true`.",
             "tiled_mlp_num_shards",
         )
+
+
+@rule("fp8", "adapter", "load_in_4bit", "load_in_8bit", "fp16", "float32", "deepspeed")
+def eight_bit_products_are_for_whole_models(cfg: Config) -> Iterator[Problem]:
+    """Training in 8-bit floats is for trained 16-bit or 32-bit weights, under bf16."""
+    model = cfg.model
+    if not model.fp8:
+        return
+    for key, on, why, remedy in (
+        (
+            "adapter",
+            cfg.adapter.adapter,
+            "trains whole models, and `adapter` leaves their weights frozen",
+            "Delete it; `lora_fp8_base: true` is what adapters have.",
+        ),
+        ("load_in_4bit", model.load_in_4bit, "and `load_in_4bit` exclude each other", "Keep one of them."),
+        ("load_in_8bit", model.load_in_8bit, "and `load_in_8bit` exclude each other", "Keep one of them."),
+        (
+            "fp16",
+            model.fp16 or model.float16,
+            "computes the rest in bf16",
+            "Set `bf16: true` instead of fp16.",
+        ),
+        ("float32", model.float32, "computes the rest in bf16", "Set `bf16: true` instead of float32."),
+        ("deepspeed", cfg.distributed.deepspeed, "does not work with DeepSpeed", "Keep one of them."),
+    ):
+        if on:
+            yield conflict(f"`fp8` {why}.", remedy, "fp8", key)
+            return
+
+
+@rule("fp8", "torch_compile")
+def eight_bit_products_want_compiling(cfg: Config) -> Iterator[Problem]:
+    """Uncompiled, finding the scales takes longer than the products save."""
+    if cfg.model.fp8 and not cfg.train.torch_compile:
+        yield warning(
+            "`fp8` without `torch_compile` is slower than bf16: scaling is then done in many small steps.",
+            "Set `torch_compile: true`.",
+            "fp8",
+            "torch_compile",
+        )
