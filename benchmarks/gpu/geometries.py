@@ -55,6 +55,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "llama-1b": LLAMA | _sizes(2048, 8192, 16, 32, 8, head_dim=64, tie_word_embeddings=True),
     "llama-3b": LLAMA | _sizes(3072, 8192, 28, 24, 8, head_dim=128, tie_word_embeddings=True),
     "llama-8b": LLAMA | _sizes(4096, 14336, 32, 32, 8, head_dim=128),
+    "llama-70b": LLAMA | _sizes(8192, 28672, 80, 64, 8, head_dim=128),
     "qwen3-1.7b": QWEN3 | _sizes(2048, 6144, 28, 16, 8, tie_word_embeddings=True),
     "qwen3-4b": QWEN3 | _sizes(2560, 9728, 36, 32, 8, tie_word_embeddings=True),
     "qwen3-8b": QWEN3 | _sizes(4096, 12288, 36, 32, 8, tie_word_embeddings=False),
