@@ -67,7 +67,7 @@ class DistributedSection(Section):
     """Send buffers from the first process to all others at each step."""
     ddp_find_unused_parameters: bool | None = None
     """Allow parameters that a step does not use."""
-    deepspeed: Text | dict[str, Any] | None = validated("DeepSpeed")
+    deepspeed: Text | dict[str, Any] | None = None
     """DeepSpeed's configuration: a JSON file, or the mapping itself."""
     deepcompile: bool = validated("DeepSpeed", False)
     """Let DeepSpeed compile the model."""

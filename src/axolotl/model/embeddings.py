@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from axolotl.console import note
+from axolotl.distributed.deepspeed import shape_of, whole
 from axolotl.errors import ModelError, Problem
 from axolotl.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_header, read_json
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def embedding_rows(model: PreTrainedModel) -> int:
     """Rows of the input embedding."""
     weight: Any = model.get_input_embeddings().weight
-    return int(weight.shape[0])
+    return int(shape_of(weight)[0])
 
 
 def wanted_rows(model: ModelSection, vocabulary: int, rows: int, adapter_dir: Path | None = None) -> int:
@@ -53,8 +54,10 @@ def resize_embeddings(model: PreTrainedModel, rows: int, *, random: bool = False
         note(f"The embeddings shrink from {before:,} to {rows:,} rows.")
         return []
     if not random:
-        for weight in _weights(model):
-            weight[before:] = mean_row(weight[:before])
+        for parameter in _weights(model):
+            with whole([parameter], write=True):
+                weight = parameter.data
+                weight[before:] = mean_row(weight[:before])
     note(f"The embeddings grow from {before:,} to {rows:,} rows.")
     return list(range(before, rows))
 
@@ -71,7 +74,7 @@ def _weights(model: PreTrainedModel) -> list[torch.Tensor]:
         weight = getattr(module, "weight", None)
         if weight is not None and all(weight is not w for w in found):
             found.append(weight)
-    return [w.data for w in found]
+    return found
 
 
 def fix_untrained_tokens(model: PreTrainedModel, ids: int | Iterable[int]) -> None:
@@ -87,7 +90,8 @@ def fix_untrained_tokens(model: PreTrainedModel, ids: int | Iterable[int]) -> No
                 keys=("fix_untrained_tokens",),
             )
         )
-    for weight in _weights(model):
+    for parameter in _weights(model):
+        weight = parameter.data
         keep = torch.ones(weight.shape[0], dtype=torch.bool, device=weight.device)
         keep[wanted] = False
         weight[wanted] = mean_row(weight[keep])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from axolotl.console import note
+from axolotl.distributed.deepspeed import shape_of
 from axolotl.errors import ModelError, Problem
 
 _RANGE = re.compile(r"\[(\d*)(:?)(\d*)\]$")
@@ -86,7 +87,7 @@ def freeze_except(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     for name, hits in rows.items():
         _keep_rows(name, parameters[name], hits)
     trainable = [n for n, p in parameters.items() if p.requires_grad]
-    count = sum(parameters[n].numel() for n in trainable)
+    count = sum(shape_of(parameters[n]).numel() for n in trainable)
     note(
         f"{len(trainable)} of {len(parameters)} parameters are trained ({count:,} numbers); the others are frozen."
     )
@@ -94,13 +95,14 @@ def freeze_except(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def _keep_rows(name: str, parameter: nn.Parameter, hits: Sequence[Unfrozen]) -> None:
-    keep = torch.zeros(parameter.shape[0], dtype=torch.bool)
+    rows = shape_of(parameter)[0]
+    keep = torch.zeros(rows, dtype=torch.bool)
     for entry in hits:
-        if entry.start is not None and entry.start >= parameter.shape[0]:
+        if entry.start is not None and entry.start >= rows:
             raise ModelError(
                 _problem(
                     f"`unfrozen_parameters: {entry.text}` begins behind the last row of `{name}` "
-                    f"({parameter.shape[0]:,} rows).",
+                    f"({rows:,} rows).",
                     "Correct the range.",
                 )
             )

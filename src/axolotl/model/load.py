@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
 from axolotl.console import note, warn
+from axolotl.distributed.deepspeed import divided, shape_of
 from axolotl.errors import EnvironmentProblem, ModelError, Place, Problem
 from axolotl.model.embeddings import (
     embedding_rows,
@@ -272,14 +273,15 @@ def _from_nothing(
         # On the device itself, numbers are drawn in a moment and RAM stays empty.
         with torch.device(device):
             built = build(config, **options)
-        note(f"The weights start at random (`reinit_weights`): {built.num_parameters():,} parameters.")
+        count = sum(shape_of(each).numel() for each in built.parameters())
+        note(f"The weights start at random (`reinit_weights`): {count:,} parameters.")
         if packing is not None:
             pack_in_place(built, packing)
     except torch.OutOfMemoryError as error:
         raise _too_large(model, device, error) from None
     # As loading leaves it.
     built.eval()
-    return built.to(device) if packing is None else built
+    return built.to(device) if packing is None and not divided() else built
 
 
 def _too_large(model: ModelSection, device: str, error: Exception) -> EnvironmentProblem:
@@ -319,7 +321,7 @@ def _from_files(
         limits = _memory_limits(model)
         if limits:
             options["max_memory"] = limits
-    elif device != "cpu":
+    elif device != "cpu" and not divided():
         options["device_map"] = {"": device}
     options |= model.overrides_of_model_kwargs or {}
     try:

@@ -9,6 +9,7 @@ from axolotl.config import Config, Hardware, unbuilt
 from axolotl.config.axes import axes_problems
 from axolotl.config.rules.devices import several_devices_needed
 from axolotl.data import templates
+from axolotl.distributed import zero
 from axolotl.distributed.world import world
 from axolotl.errors import Problem, UserError
 from axolotl.inference.benchmarks import check_tasks
@@ -44,6 +45,8 @@ def _cheap(cfg: Config, hardware: Hardware, processes: int) -> Iterator[Problem]
     told = {key for problem in alone for key in problem.keys}
     yield from alone
     yield from axes_problems(cfg, processes) if processes > 1 else ()
+    if "deepspeed" not in told:
+        yield from zero.check(cfg, hardware, processes)
     yield from (p for p in unbuilt(cfg) if not told.intersection(p.keys))
     yield from check_output(cfg)
     yield from check_folder(cfg, "dataset_prepared_path", cfg.data.dataset_prepared_path)

@@ -8,6 +8,7 @@ from typing import Any
 from axolotl import console
 from axolotl.config import Config, Hardware
 from axolotl.data.stream import Stream
+from axolotl.distributed.deepspeed import begin_zero
 from axolotl.distributed.failure import among_several, started_by_us
 from axolotl.distributed.group import from_main, start_group
 from axolotl.distributed.world import detect_hardware, only_repeatable_kernels, world
@@ -75,6 +76,7 @@ def train(cfg: Config) -> TrainResult:
     seed = 42 if cfg.train.seed is None else cfg.train.seed
     if cfg.train.deterministic:
         only_repeatable_kernels()
+    begin_zero(cfg, hardware)
     seed_everything(seed)
     with within_ram("while the weights are loaded"):
         model: Any = load_model(

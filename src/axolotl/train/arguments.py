@@ -20,6 +20,7 @@ from axolotl.config.train import TrainSection
 from axolotl.console import warn_once
 from axolotl.data.packing import Volume
 from axolotl.distributed.world import world
+from axolotl.distributed.zero import compile_backend, completed, read_zero
 from axolotl.errors import Problem
 from axolotl.train.cadence import Cadence, cadence
 from axolotl.train.tracking import trackers
@@ -168,7 +169,25 @@ def build_arguments(
     values |= _course(cfg, volume, when, has_eval_data, resuming) | _machine(cfg, hardware)
     values["report_to"] = trackers(cfg.tracking) if world().is_main else []
     values |= more or {}
-    return arguments_class(**{k: v for k, v in values.items() if k in known}), when
+    zero = read_zero(cfg)
+    if zero is not None:
+        values["deepspeed"] = completed(cfg, zero, hardware, world().size)
+        if backend := compile_backend(zero):
+            values |= {"torch_compile": True, "torch_compile_backend": backend}
+    arguments = arguments_class(**{k: v for k, v in values.items() if k in known})
+    if zero is not None:
+        _settle_precision(arguments, values["deepspeed"])
+    return arguments, when
+
+
+def _settle_precision(arguments: Any, asked: dict[str, Any]) -> None:
+    """Number types are DeepSpeed's matter here: accelerate hears of none, and would call that a contradiction."""
+    held = arguments.hf_deepspeed_config
+    held.mismatches.clear()
+    held._dtype = torch.float32
+    for block, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if asked[block]["enabled"]:
+            held._dtype = dtype
 
 
 def _course(

@@ -22,6 +22,7 @@ from axolotl.config.model import ModelSection
 from axolotl.config.resolve import Hardware
 from axolotl.console import detail, note, warn
 from axolotl.data.stream import Stream
+from axolotl.distributed.deepspeed import divided
 from axolotl.distributed.failure import launch_name
 from axolotl.distributed.world import world
 from axolotl.errors import ModelError, Problem
@@ -147,7 +148,10 @@ def build_trainer(
         output_dir=output_dir,
         run_id=_run_id(output_dir, resume),
         plan=batches.digest(),
-        autocast=torch.bfloat16 if cfg.model.bf16 in (True, "full") else None,
+        # DeepSpeed holds the whole model in bfloat16 itself, beside float32 copies that are trained.
+        autocast=torch.bfloat16
+        if cfg.model.bf16 in (True, "full") and not cfg.distributed.deepspeed
+        else None,
         interrupted=lambda: signals() or limit(),
         asked=asked(cfg),
         axes=axes,
@@ -323,7 +327,7 @@ def _probe(
     cfg: Config,
     shared: SharedRows | None,
 ) -> None:
-    if not hasattr(model.config, "vocab_size") or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if not hasattr(model.config, "vocab_size") or divided() or trainer.is_fsdp_enabled:
         return
     device = trainer.args.device
     autocast = torch.autocast(device.type, parts.autocast) if parts.autocast else contextlib.nullcontext()

@@ -23,6 +23,7 @@ from transformers.trainer_callback import TrainerState as State
 from transformers.training_args import TrainingArguments as Args
 
 from axolotl.console import note, warn
+from axolotl.distributed.deepspeed import consolidated, shape_of
 from axolotl.errors import CheckpointError, Problem
 from axolotl.train.background import Background
 from axolotl.train.checkpoint import RUN, RunState, publish, rotate, staging, write_json, write_state
@@ -107,6 +108,18 @@ class Saving(_Base):
         elif self.save_failures:
             note(f"The checkpoint of step {step} is saved.")
             self.save_failures = 0
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the weights. Of weights that ZeRO stage 3 divides, checkpoints hold a whole copy where
+        `stage3_gather_16bit_weights_on_model_save` says so; the final ones are always whole.
+        """
+        stage = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
+        if stage < 3:
+            super().save_model(output_dir, _internal_call)
+            return
+        whole = consolidated(self.model_wrapped, of_checkpoint=self._aside is not None)
+        if whole is not None:
+            self._save(output_dir, state_dict=whole)
 
     # In the background
 
@@ -264,7 +277,7 @@ class Saving(_Base):
         """
         aside, began = Path(self.parts.output_dir) / ".tmp-rehearsal", time.perf_counter()
         model: Any = self.model
-        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        trained = sum(shape_of(p).numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         problem: Exception | None = None
         try:
             problem = self._agreed(self._disk_trouble(lambda: self._open_for_all(aside)))
@@ -327,7 +340,7 @@ class SaveCare(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
-        if not self.trainer.is_deepspeed_enabled and not self.trainer.is_fsdp_enabled:
+        if not self.trainer.is_fsdp_enabled:
             self.trainer.rehearse()
         if self.trainer.parts.train.save_async and self.trainer.parts.cadence.save:
             self._say_how()

@@ -24,6 +24,7 @@ from axolotl.data.stream import streamed_entries, streams
 from axolotl.distributed.failure import launch_name
 from axolotl.distributed.group import from_main
 from axolotl.distributed.world import keep_freed_memory, world
+from axolotl.distributed.zero import read_zero
 from axolotl.errors import CheckpointError, EnvironmentProblem, Problem
 from axolotl.model.files import could_be_hub_id, local_folder
 from axolotl.model.load import ready_to_serve
@@ -102,9 +103,44 @@ def resume_point(cfg: Config) -> ResumePoint:
             return ResumePoint(None, complete=True)
     folder = resume_folder(resume, auto, output_dir)
     if folder is not None:
+        why = zero_mismatch(cfg, folder)
+        if why:
+            raise CheckpointError(Problem(*why, "checkpoint", ("resume_from_checkpoint", "deepspeed")))
         for change in changed_config(cfg, folder, checkpoint_step(folder)):
             warn(f"Since {folder.name} was saved, {change}.")
     return ResumePoint(folder)
+
+
+def zero_mismatch(cfg: Config, folder: Path) -> tuple[str, str] | None:
+    """Why training cannot go on from a checkpoint because of how DeepSpeed is used, and what to do; None where it can."""
+    zero, saved = read_zero(cfg), read_state(folder)
+    states = [file.name for file in folder.glob("global_step*/*.pt")]
+    by_zero = any("optim_states" in name for name in states)
+    anew = "train anew from its weights, as `base_model` or `lora_model_dir`"
+    if zero is None and by_zero:
+        return (
+            f"`{folder}` holds DeepSpeed's states, and the config has no `deepspeed`.",
+            f"Add it, or {anew}.",
+        )
+    if zero is None or saved is None:
+        return None
+    if not by_zero:
+        return f"`{folder}` holds no DeepSpeed states.", f"Delete `deepspeed` to go on without it, or {anew}."
+    divided = any(name.startswith("zero_pp_rank_") and "model_states" in name for name in states)
+    if divided != (zero.stage == 3):
+        stage = "3" if divided else "1 or 2"
+        return (
+            f"`{folder}` was saved by ZeRO stage {stage}, and the config says {zero.stage}.",
+            f"Keep the stage, or {anew}.",
+        )
+    ranks = len([name for name in states if "optim_states" in name])
+    if ranks != world().size:
+        return (
+            f"`{folder}` holds the parts of {ranks} processes, and there are {world().size} now; DeepSpeed's parts "
+            "belong to a number of processes.",
+            f"Start {ranks} processes, or {anew}.",
+        )
+    return None
 
 
 def restarted(output_dir: Path) -> bool:
@@ -233,7 +269,12 @@ def _train(trainer: Trainer, cfg: Config, resume: Path | None) -> TrainResult:
 def _finish_resumed(trainer: Trainer, cfg: Config, resume: Path) -> TrainResult:
     """The end of a run that was broken off between its last step and its end."""
     started = time.monotonic()
-    trainer._load_from_checkpoint(str(resume))
+    if trainer.is_deepspeed_enabled:
+        # Its states come with an engine, which training would have made.
+        data = trainer.get_train_dataloader()
+        trainer._prepare_for_training(trainer.args.max_steps, data, str(resume))  # type: ignore[attr-defined]
+    else:
+        trainer._load_from_checkpoint(str(resume))
     trainer.state = TrainerState.load_from_json(str(resume / "trainer_state.json"))
     log = _callback(trainer, RunLog)
     log.on_train_begin(trainer.args, trainer.state, trainer.control)

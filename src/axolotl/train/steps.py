@@ -223,8 +223,9 @@ class Steps(_Base):
 
     @property
     def checks_steps(self) -> bool:
-        """False where DeepSpeed or a loss scaler looks for itself, and lowers the scale."""
-        return not self.is_deepspeed_enabled and getattr(self.accelerator, "scaler", None) is None
+        """False where a loss scaler looks for itself, and lowers the scale."""
+        scaled = self.is_deepspeed_enabled and self.args.fp16
+        return not scaled and getattr(self.accelerator, "scaler", None) is None
 
     def check_step(self) -> None:
         """Before the optimizer's step: leaves it out where loss or gradient is not finite, tells what is far above its
@@ -234,7 +235,10 @@ class Steps(_Base):
             return
         losses, norm = self._figures()
         good = all(map(math.isfinite, losses)) and (norm is None or math.isfinite(norm))
-        if self.args.world_size > 1:
+        if self.is_deepspeed_enabled:
+            # It has done the step already, or has left it out, on all ranks alike.
+            good = not self.accelerator.optimizer_step_was_skipped
+        elif self.args.world_size > 1:
             # All leave the step out, or none does.
             good = not any(self._over_ranks(int(not good)))
         if good:
