@@ -505,6 +505,7 @@ BROKEN = [
         "deepspeed fsdp_config",
     ),
     ("one_way_of_sharding", "deepspeed: a.json\nfsdp: [full_shard]", "conflict", "deepspeed fsdp_config"),
+    ("ray_has_to_be_asked_for", "ray_num_workers: 2", "warning", "ray_num_workers"),
     ("deepcompile_needs_deepspeed", "deepcompile: true", "conflict", "deepcompile"),
     ("shards_of_whom", "dp_shard_size: 2", "conflict", "dp_shard_size"),
     ("shards_of_whom", "dp_shard_size: 2\ndeepspeed: z.json", "conflict", "dp_shard_size deepspeed"),

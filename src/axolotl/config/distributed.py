@@ -69,7 +69,7 @@ class DistributedSection(Section):
     """Allow parameters that a step does not use."""
     deepspeed: Text | dict[str, Any] | None = None
     """DeepSpeed's configuration: a JSON file, or the mapping itself."""
-    deepcompile: bool = validated("DeepSpeed", False)
+    deepcompile: bool = validated("DeepCompile", False)
     """Let DeepSpeed compile the model."""
     fsdp_config: FsdpConfig | None = validated("FSDP")
     """Shard the model over the devices with FSDP."""
@@ -95,13 +95,13 @@ class DistributedSection(Section):
     """Number of processes that `plan` counts with; a run has as many as its launcher starts."""
     local_rank: Int | None = idle("the launcher sets it")
     """Number of this process on its machine; set by the launcher."""
-    use_ray: bool = validated("Ray", False)
+    use_ray: bool = False
     """Run on a Ray cluster."""
-    ray_run_name: Text | None = validated("Ray")
+    ray_run_name: Text | None = None
     """Name of the run on Ray."""
-    ray_num_workers: PositiveInt = validated("Ray", 1)
+    ray_num_workers: PositiveInt = 1
     """Workers on Ray."""
-    resources_per_worker: dict[str, Any] | None = validated("Ray")
+    resources_per_worker: dict[str, Any] | None = None
     """What each worker needs, such as `{GPU: 1}`."""
     expert_parallel_size: PositiveInt = later("expert parallelism", 1)
     """Devices that share the experts of a mixture-of-experts model."""

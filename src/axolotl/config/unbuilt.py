@@ -47,7 +47,7 @@ def unbuilt(cfg: Config) -> list[Problem]:
         )
         for key, value, feature in _in_use(cfg, "validated")
         # One device on an axis is no axis.
-        if value not in (0, 1)
+        if value is True or value not in (0, 1)
     ]
 
 

@@ -70,11 +70,16 @@ def word_file() -> Path:
     return Path(tempfile.gettempdir()) / name.replace("/", "_")
 
 
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether an error only says that another process is gone."""
+    return any(sign in str(error) for sign in _PEER_LOST) and not isinstance(error, UserError)
+
+
 def first_to_fail(error: BaseException) -> bool:
     """True in the one process of this machine whose error is told; always where it is alone."""
     if not among_several():
         return True
-    if any(sign in str(error) for sign in _PEER_LOST) and not isinstance(error, UserError):
+    if lost_a_peer(error):
         time.sleep(PEER_WAIT)
     try:
         os.close(os.open(word_file(), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))

@@ -28,13 +28,15 @@ def start_group(hardware: Hardware, timeout: int | None = None) -> None:
     `timeout`: seconds that one waits for the others before it gives up.
     """
     place = world()
-    if place.size <= 1 or dist.is_initialized():
+    if place.size <= 1:
         return
     backend = "gloo"
     if hardware.device == "cuda":
         torch.cuda.set_device(place.local_rank)
         # gloo carries what is in CPU memory: offloaded weights, objects.
         backend = "cpu:gloo,cuda:nccl"
+    if dist.is_initialized():
+        return  # Ray has done it
     seconds = timeout or TIMEOUT
     given: dict[str, Any] = {}
     store = agent_store(seconds)

@@ -138,8 +138,11 @@ def _read_file(cfg: Config, name: str) -> ZeroConfig:
     return ZeroConfig(values, in_file, {name: lines}, tuple(document.problems))
 
 
-def check(cfg: Config, hardware: Hardware, processes: int) -> Iterator[Problem]:
-    """Everything about DeepSpeed that is wrong with config, JSON file and machine; imports no DeepSpeed."""
+def check(cfg: Config, hardware: Hardware, processes: int, *, installed: bool = True) -> Iterator[Problem]:
+    """Everything about DeepSpeed that is wrong with config, JSON file and machine; imports no DeepSpeed.
+
+    `processes`: below 2 where their number is not known here. `installed`: look whether the package is there.
+    """
     try:
         zero = read_zero(cfg)
     except ConfigError as error:
@@ -152,7 +155,8 @@ def check(cfg: Config, hardware: Hardware, processes: int) -> Iterator[Problem]:
     yield from _values(zero)
     yield from _agrees(cfg, zero, hardware, processes)
     yield from _fits(cfg, zero)
-    yield from missing_extra("deepspeed", "deepspeed", "`deepspeed:`", "deepspeed")
+    if installed:
+        yield from missing_extra("deepspeed", "deepspeed", "`deepspeed:`", "deepspeed")
 
 
 def _known(zero: ZeroConfig) -> Iterator[Problem]:
@@ -192,6 +196,10 @@ def _values(zero: ZeroConfig) -> Iterator[Problem]:
             "zero_optimization.stage",
             "Stage 0 divides nothing.",
             "Write stage 1, 2 or 3, or delete `deepspeed:` from the YAML.",
+        )
+    if zero.get("compile.deepcompile"):
+        yield zero.problem(
+            "compile.deepcompile", "DeepCompile is not available yet.", "Delete the line.", "unavailable"
         )
     for name, taken in CHOICES.items():
         value = zero.get(name)
@@ -389,7 +397,7 @@ def from_yaml(cfg: Config, hardware: Hardware, processes: int) -> dict[str, Any]
     return {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": steps,
-        "train_batch_size": micro and micro * steps * processes,
+        "train_batch_size": micro * steps * processes if micro and processes > 1 else None,
         "gradient_clipping": float(clip),
         "bf16.enabled": bf16,
         "fp16.enabled": bool(model.fp16),
@@ -409,11 +417,8 @@ def completed(cfg: Config, zero: ZeroConfig, hardware: Hardware, processes: int)
     # Optimizer and schedule are ours: what the JSON says of them agrees with the YAML, or was refused.
     for block in ("optimizer", "scheduler"):
         values.pop(block, None)
-    compile_ = values.get("compile", {})
     for key in OLD_COMPILE:
-        compile_.pop(key, None)
-    if cfg.distributed.deepcompile:
-        values["compile"] = {**compile_, "deepcompile": True}
+        values.get("compile", {}).pop(key, None)
     zeros = values["zero_optimization"]
     if zero.stage == 3:
         zeros.setdefault(GATHER, True)

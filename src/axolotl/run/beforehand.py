@@ -17,6 +17,7 @@ from axolotl.model import attention, float8, load, quantize, tokenizer
 from axolotl.model.files import check_adapter_dir, check_base_model
 from axolotl.model.hub import check_hub, check_upload
 from axolotl.optim import registry as optimizers
+from axolotl.registry import missing_extra
 from axolotl.run.parallel_beforehand import check_heads
 from axolotl.run.ready import check_folder, check_output, placed
 from axolotl.run.rows_beforehand import check_length, dataset_problems
@@ -34,7 +35,10 @@ def problems_beforehand(
     for it here where something else is wrong already, so that everything is told at once. `processes`: how many the run
     will have, where they do not run yet; 0 where another program decides that.
     """
-    problems = [*_cheap(cfg, hardware, world().size if processes is None else processes)]
+    if processes is None:
+        ray = cfg.distributed.use_ray
+        processes = cfg.distributed.ray_num_workers if ray else world().size
+    problems = [*_cheap(cfg, hardware, processes)]
     if data or any(p.fatal for p in problems):
         problems += [*check_hub(cfg.model.base_model), *dataset_problems(cfg)]
     return [placed(cfg, problem) for problem in problems]
@@ -45,8 +49,9 @@ def _cheap(cfg: Config, hardware: Hardware, processes: int) -> Iterator[Problem]
     told = {key for problem in alone for key in problem.keys}
     yield from alone
     yield from axes_problems(cfg, processes) if processes > 1 else ()
-    if "deepspeed" not in told:
-        yield from zero.check(cfg, hardware, processes)
+    if cfg.distributed.use_ray:
+        yield from missing_extra("ray", "ray", "`use_ray: true`", "use_ray")
+    yield from zero.check(cfg, hardware, processes, installed="deepspeed" not in told)
     yield from (p for p in unbuilt(cfg) if not told.intersection(p.keys))
     yield from check_output(cfg)
     yield from check_folder(cfg, "dataset_prepared_path", cfg.data.dataset_prepared_path)

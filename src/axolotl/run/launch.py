@@ -20,7 +20,9 @@ from axolotl.distributed.launch import (
     run_processes,
 )
 from axolotl.distributed.world import detect_hardware
-from axolotl.errors import EnvironmentProblem, Problem
+from axolotl.errors import ConfigError, EnvironmentProblem, Problem
+from axolotl.registry import missing_extra
+from axolotl.run import on_ray
 from axolotl.run.beforehand import problems_beforehand
 from axolotl.run.preprocess import prepare_data, tokenizer_of
 from axolotl.run.ready import ready, refuse, told_with_places
@@ -43,6 +45,8 @@ def launch(
     """
     if among_several() or os.environ.get("LOCAL_RANK"):
         return None  # a launcher has started this process already
+    if cfg.distributed.use_ray:
+        return _by_ray(cfg, launcher, processes)
     count = process_count(cfg, launcher, processes)
     if launcher not in ("torchrun", "accelerate") and count == 1:
         return None
@@ -51,6 +55,26 @@ def launch(
         command = launcher_command(launcher, own, arguments, count)
         become(command, defaults_for_processes() | dict(os.environ))
     return run_processes([*MODULE, *arguments], count)
+
+
+def _by_ray(cfg: Config, launcher: str | None, processes: int | None) -> int:
+    """Trains on Ray; returns the exit code. Raises ConfigError for options that speak of another way to start."""
+    for option, given in (("--launcher", launcher), ("--num-processes", processes)):
+        if given is not None:
+            raise ConfigError(
+                cfg.problem(
+                    f"`{option} {given}`: with `use_ray: true`, Ray starts the workers.",
+                    "Leave the option out; `ray_num_workers` is their number.",
+                    "use_ray",
+                    kind="conflict",
+                )
+            )
+    workers, hardware = cfg.distributed.ray_num_workers, detect_hardware()
+    refuse(missing_extra("ray", "ray", "`use_ray: true`", "use_ray"))
+    if hardware.device == "cuda" or not on_ray.elsewhere():
+        _prepare_once(cfg, workers)
+    # Else this machine only hands the work on, and what it lacks says nothing about the workers'.
+    return on_ray.run_on_ray(cfg)
 
 
 def process_count(cfg: Config, launcher: str | None, asked: int | None) -> int:

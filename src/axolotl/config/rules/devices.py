@@ -67,6 +67,16 @@ def deepcompile_needs_deepspeed(cfg: Config) -> Iterator[Problem]:
         )
 
 
+@rule("use_ray", "ray_num_workers", "ray_run_name", "resources_per_worker")
+def ray_has_to_be_asked_for(cfg: Config) -> Iterator[Problem]:
+    """What Ray is told does nothing without it."""
+    for key in ("ray_num_workers", "ray_run_name", "resources_per_worker"):
+        if cfg.is_set(key) and not cfg.distributed.use_ray:
+            yield warning(
+                f"`{key}` has no effect without `use_ray: true`.", "Add it, or delete the line.", key
+            )
+
+
 @rule("fsdp_version", "fsdp_config")
 def one_version_of_fsdp(cfg: Config) -> Iterator[Problem]:
     """The version stands once, at the top level."""
