@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,8 @@ def _resources(
 
 def elsewhere() -> bool:
     """Whether there is a cluster to join; without one, Ray is started on this machine."""
-    return bool(os.environ.get("RAY_ADDRESS")) or Path("/tmp/ray/ray_current_cluster").exists()
+    temporary = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    return bool(os.environ.get("RAY_ADDRESS")) or (temporary / "ray" / "ray_current_cluster").exists()
 
 
 def _worker(given: dict[str, Any]) -> None:
