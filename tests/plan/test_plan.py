@@ -22,6 +22,7 @@ from axolotl.plan.check import load_config
 from axolotl.plan.fit import batches, changed
 from axolotl.plan.gpus import GIB, gpu, gpu_called, gpu_names, hardware_of
 from axolotl.plan.layout import layout_of
+from axolotl.plan.show import table
 from axolotl.plan.steps import course_of, rows_of
 from axolotl.plan.whole import Plan, changes, plan_run, question
 from axolotl.run.memory import free_memory
@@ -327,6 +328,44 @@ def test_layouts_are_read_from_the_config(write: Callable[..., Path]) -> None:
     layout = layout_of(cfg.distributed, None, 1)
     assert (layout.gpus, layout.tensor, layout.shards, layout.copies) == (4, 2, 2, 2)
     assert layout_of(load_config(write()).distributed, None, 8).gpus == 1
+    with pytest.raises(ConfigError, match=r"6 GPUs cannot be divided.*make 4"):
+        layout_of(cfg.distributed, 6, 1)
+    shared = load_config(write(fsdp_config={"fsdp_version": 2}, context_parallel_size=2), verb="plan")
+    layout = layout_of(shared.distributed, 4, 1)
+    # Those that share a row divide the weights too.
+    assert (layout.context, layout.copies, layout.shards) == (2, 2, 4)
+
+
+def test_what_waits_in_ram_is_counted(write: Callable[..., Path]) -> None:
+    plain = planned(write("llama-1b"))
+    assert plain.needs.host == {}
+    copied = planned(write("llama-1b", save_async=True))
+    assert copied.needs.host == {"copy for save_async": copied.disk.checkpoint}
+    assert copied.disk.checkpoint == pytest.approx(6 * 1235814400, rel=0.01)
+    assert "RAM for the run" in table(copied) and "RAM for the run" not in table(plain)
+    low = planned(write("llama-1b", save_async=True, **LORA))
+    assert low.needs.host["copy for save_async"] < 0.1 * copied.disk.checkpoint
+    away = planned(write("llama-1b", gradient_checkpointing=True, activation_offloading=True))
+    batch = away.needs.batch
+    inputs = 16 * batch.rows * batch.length * 2048 * 2
+    logits = batch.rows * batch.length * 128256 * 4
+    # Logits and their softmax too, but not the weights of the head.
+    assert inputs + logits <= away.needs.host["offloaded activations"] <= 1.2 * inputs + 2.1 * logits
+
+
+@pytest.mark.slow
+def test_layers_that_stay_gathered_need_more(write: Callable[..., Path]) -> None:
+    def weights(**options: Any) -> tuple[int, dict[str, int]]:
+        found = planned(write("llama-1b", fsdp_config={"fsdp_version": 2, **options}), gpus=4)
+        return found.needs.training.by_category["weights"], found.needs.host
+
+    divided, none = weights()
+    whole, _ = weights(reshard_after_forward=False)
+    assert none == {} and whole == pytest.approx(1.25 * 2 * 1235814400, rel=0.01) and divided < 0.6 * whole
+    away, host = weights(offload_params=True)
+    assert away == pytest.approx(divided - 0.25 * 2 * 1235814400, rel=0.01)
+    assert host["offloaded weights"] == pytest.approx(2 * 1235814400, rel=0.01)
+    assert host["offloaded optimizer and gradients"] == pytest.approx(6 * 1235814400, rel=0.01)
 
 
 # GPUs

@@ -98,16 +98,22 @@ class Recomputing:
     """Parts whose results are kept."""
     park: Park | None = None
     everything: bool = False
+    model: nn.Module | None = None
+    """Whose weights never go away."""
 
     def hooks(self) -> saved_tensors_hooks | None:
         """To be entered around the forward pass: takes away what is kept outside of the layers. None: nothing is."""
         park = self.park
-        if park is None or not self.everything:
+        if park is None or not self.everything or self.model is None:
             return None
+        # What a product keeps of its weight is often another view of it, and stays where it is all the same.
+        weights = {p.untyped_storage()._cdata for p in self.model.parameters()}
 
         def away(tensor: torch.Tensor) -> Any:
             size = tensor.numel() * tensor.element_size()
-            if isinstance(tensor, nn.Parameter) or size < SMALLEST or not tensor.is_floating_point():
+            if size < SMALLEST or not tensor.is_floating_point():
+                return tensor
+            if tensor.untyped_storage()._cdata in weights:
                 return tensor
             return park.put(tensor.detach())
 
@@ -130,7 +136,7 @@ def apply_recompute(
     stands for another place (a plan has one without memory). `compiled`: torch.compile traces the layers. Raises ModelError for a model without layers to recompute.
     """
     layers = layers_of(model)
-    done = Recomputing(len(layers))
+    done = Recomputing(len(layers), model=model)
     if how is None:
         return done
     if not how.own or not layers:

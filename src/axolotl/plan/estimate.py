@@ -44,6 +44,10 @@ class Parameters:
     state: State
 
 
+DEFERRED_BYTES = 1 << 30
+"""Gradients of FSDP up to this size (in float32) wait whole for the last micro batch of a step."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one GPU at the moment of most use."""
@@ -82,6 +86,8 @@ class Requirement:
     phases: dict[str, int]
     """The most bytes in each phase of training, on a GPU that has all of the model."""
     notes: tuple[str, ...] = field(default=())
+    host: dict[str, int] = field(default_factory=dict)
+    """Bytes of RAM that all processes of a machine hold for the GPUs, by what they are for."""
 
     @property
     def needed(self) -> int:
@@ -120,7 +126,8 @@ def requirement(
             rehearsal.step(batch)
             rehearsal.forget_gradients()
             usage, work = rehearsal.ledger.usage, rehearsal.ledger.account
-            training = _spread(usage, parameters, layout)
+            away = rehearsal.away
+            training = _spread(usage, parameters, layout, manner.accumulates)
             looked = None
             if evaluation is not None:
                 looked, seconds = _evaluated(
@@ -164,6 +171,7 @@ def requirement(
         batch,
         dict(usage.by_phase),
         tuple(notes),
+        _on_host(cfg, parameters, layout, away),
     )
 
 
@@ -243,7 +251,7 @@ def count_parameters(model: nn.Module, cfg: Config, layout: Layout) -> Parameter
         # DeepSpeed holds a float32 copy of each trained weight and its optimizer's two states in float32.
         state = State(12 * trained, 0, 30 * trained)
     if layout.state_on_host:
-        state = State(0, 0, state.traffic)
+        state = State(0, 0, state.traffic, state.device + state.paged)
     outside = layers.pop("", 0)
     return Parameters(
         total, trained, weight_bytes, trained_bytes, max(layers.values(), default=0), outside, state
@@ -257,19 +265,27 @@ def _layer(name: str) -> str:
     return "" if at is None else ".".join(parts[: at + 1])
 
 
-def _spread(usage: Usage, parameters: Parameters, layout: Layout) -> Memory:
+def _spread(usage: Usage, parameters: Parameters, layout: Layout, accumulates: bool = False) -> Memory:
     """The peak as one of the layout's GPUs sees it."""
     peak = dict.fromkeys(CATEGORIES, 0) | {k: v for k, v in usage.peak.by_category.items() if v}
     if layout.gpus == 1:
         return Memory(peak, usage.peak.phase)
     parts = layout.shards
-    gathered = 2 * parameters.largest_layer_bytes + parameters.outside_bytes
+    layers = parameters.weight_bytes - parameters.outside_bytes
     if layout.weights:
+        # Embeddings, last norm and head stay whole for the step; a layer is in use while the next one comes.
+        gathered = min(2 * parameters.largest_layer_bytes, layers) if layout.reshards else layers
         held = (peak["weights"] + peak["adapter"]) // parts if not layout.weights_on_host else 0
-        peak["weights"] = held + gathered
-        peak["adapter"] = peak["adapter"] // parts
+        peak["weights"] = held + gathered + parameters.outside_bytes
+        peak["adapter"] = 0
     if layout.gradients:
-        peak["gradients"] = peak["gradients"] // parts
+        # A layer's gradients are whole until they are divided, and are summed in float32.
+        layer = min(parameters.largest_layer_bytes, parameters.trained_bytes)
+        whole = min(parameters.trained_bytes, layer + parameters.outside_bytes)
+        if accumulates and 4 * parameters.trained <= DEFERRED_BYTES:
+            whole = parameters.trained_bytes
+        peak["temporary"] += whole + 2 * layer
+        peak["gradients"] = 0 if layout.state_on_host else peak["gradients"] // parts
     else:
         # The buckets in which gradients are summed over the GPUs are a second copy of them.
         peak["temporary"] += parameters.trained_bytes
@@ -279,6 +295,27 @@ def _spread(usage: Usage, parameters: Parameters, layout: Layout) -> Memory:
         for key in ("weights", "adapter", "gradients", "optimizer"):
             peak[key] //= layout.tensor
     return Memory(peak, usage.peak.phase)
+
+
+def _on_host(cfg: Config, parameters: Parameters, layout: Layout, away: int) -> dict[str, int]:
+    """Bytes of RAM that the run holds for its GPUs, all of its processes together, by what they are for."""
+    found: dict[str, int] = {}
+    copies = max(1, layout.gpus // (layout.tensor * layout.shards))
+    if layout.weights_on_host:
+        found["offloaded weights"] = parameters.weight_bytes * copies
+    if layout.state_on_host:
+        found["offloaded optimizer and gradients"] = (
+            parameters.state.host + parameters.trained_bytes
+        ) * copies
+    if away and cfg.train.activation_offloading != "disk":
+        found["offloaded activations"] = away * layout.gpus
+    if cfg.train.save_async and layout.shards == 1:
+        adapter = cfg.adapter.adapter is not None
+        state = 0 if cfg.train.save_only_model else parameters.state.device + parameters.state.paged
+        found["copy for save_async"] = (
+            parameters.trained_bytes if adapter else parameters.weight_bytes
+        ) + state
+    return found
 
 
 def _exchanged(parameters: Parameters, layout: Layout, cfg: Config) -> float:
@@ -308,6 +345,7 @@ def as_dict(found: Requirement) -> dict[str, Any]:
             for name, memory in (("training", found.training), ("evaluation", found.evaluation))
             if memory is not None
         },
+        "host_memory": dict(found.host),
         "step_seconds": {k: round(v, 6) for k, v in found.step.__dict__.items()},
         "evaluation_batch_seconds": round(found.evaluated, 6),
         "notes": list(found.notes),

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from axolotl.config.axes import axes_of
 from axolotl.config.distributed import DistributedSection
+from axolotl.errors import ConfigError
 from axolotl.registry import PACKAGE_ROOT
 
 SHIPPED = PACKAGE_ROOT / "assets" / "deepspeed_configs"
@@ -23,6 +25,8 @@ class Layout:
     shards: int = 1
     weights: bool = False
     """Weights are divided; layers are gathered when they are needed."""
+    reshards: bool = True
+    """Gathered layers are given back after the forward pass."""
     gradients: bool = False
     state: bool = False
     master_copies: bool = False
@@ -41,15 +45,25 @@ class Layout:
 
 
 def layout_of(distributed: DistributedSection, gpus: int | None, present: int) -> Layout:
-    """The layout that the config asks for on `gpus` GPUs; None: as many as it names, else those present."""
+    """The layout that the config asks for on `gpus` GPUs; None: as many as it names, else those present.
+
+    Raises ConfigError for a number of GPUs that the sizes of the config do not divide.
+    """
     tensor, context = distributed.tensor_parallel_size or 1, distributed.context_parallel_size or 1
-    shard = distributed.dp_shard_size or 0
+    shard = max(0, distributed.dp_shard_size or 0)
     named = max(1, shard) * (distributed.dp_replicate_size or 1) * tensor * context
     wants = bool(distributed.deepspeed or distributed.fsdp_config) or named > 1
     count = gpus or max(distributed.world_size or 1, named, present if wants else 1)
-    common: dict[str, Any] = {"gpus": count, "tensor": tensor, "context": context}
     if count == 1 and not distributed.deepspeed:
         return Layout("one GPU")
+    axes = axes_of(distributed, count)
+    if axes is None:
+        raise ConfigError(
+            f"{_gpus(count)} cannot be divided as the config says (its sizes make {named}).",
+            f"Name {named} with `--gpus`, or other values of `dp_shard_size`, `dp_replicate_size`, "
+            "`context_parallel_size` and `tensor_parallel_size`.",
+        )
+    common: dict[str, Any] = {"gpus": count, "tensor": axes.tensor, "context": axes.context}
     if distributed.deepspeed:
         zero = _zero(distributed.deepspeed)
         stage = int(zero.get("stage", 0) or 0)
@@ -64,18 +78,16 @@ def layout_of(distributed: DistributedSection, gpus: int | None, present: int) -
             weights_on_host=_on_host(zero.get("offload_param")),
             **common,
         )
-    if distributed.fsdp_config or shard > 1:
-        options = distributed.fsdp_config
-        shards = (
-            shard if shard > 1 else max(1, count // (tensor * context * (distributed.dp_replicate_size or 1)))
-        )
-        host = bool(options and options.offload_params)
+    options = distributed.fsdp_config
+    if options:
+        host = bool(options.offload_params)
         return Layout(
             f"FSDP, {_gpus(count)}",
-            shards=shards,
+            shards=axes.weight_shards,
             weights=True,
             gradients=True,
             state=True,
+            reshards=options.reshard_after_forward is not False,
             state_on_host=host,
             weights_on_host=host,
             **common,

@@ -34,12 +34,14 @@ class Trained:
 
 @dataclass(frozen=True)
 class State:
-    """Bytes that an optimizer keeps on the device, those it keeps in pageable memory, and those of one update."""
+    """Bytes that an optimizer keeps on the device, in pageable memory and in RAM, and those of one update."""
 
     device: int
     paged: int
     traffic: int
     """Bytes read and written by one step: gradients, parameters, state, and clipping."""
+    host: int = 0
+    """Bytes that are kept in RAM instead."""
 
 
 Size = Callable[[Trained], float]

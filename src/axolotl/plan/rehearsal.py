@@ -140,12 +140,21 @@ class _Away:
     def __init__(self) -> None:
         self.order: list[weakref.ref[_Waiting]] = []
         self.leaving: tuple[_Waiting, torch.Tensor] | None = None
+        self.bytes = self.most = 0
+        """What waits there, now and at most."""
 
     def put(self, tensor: torch.Tensor) -> _Waiting:
         ticket = _Waiting(self, tensor)
         self.leaving = ticket, tensor
         self.order.append(weakref.ref(ticket))
+        size = tensor.numel() * tensor.element_size()
+        self.bytes += size
+        self.most = max(self.most, self.bytes)
+        weakref.finalize(ticket, self._left, size)
         return ticket
+
+    def _left(self, size: int) -> None:
+        self.bytes -= size
 
 
 class _Waiting:
@@ -241,7 +250,7 @@ class Rehearsal:
     def _prepare(self) -> None:
         model, manner, base = self.model, self.manner, self._inner
         base.config.use_cache = False
-        away = _Away() if manner.train.activation_offloading else None
+        away = self._park = _Away() if manner.train.activation_offloading else None
         cpu = torch.device("cpu")
         self.spared = spare_memory(
             base, manner.train, manner.kernels, cpu, Replacements(), park=away, compiles=False
@@ -330,6 +339,11 @@ class Rehearsal:
             if hooks is not None:
                 stack.enter_context(hooks)
             yield
+
+    @property
+    def away(self) -> int:
+        """The most bytes that waited outside of the GPU at one time."""
+        return self._park.most if self._park is not None else 0
 
     @property
     def vocabulary(self) -> int:

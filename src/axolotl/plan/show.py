@@ -85,6 +85,11 @@ def table(plan: Plan) -> str:
     lines.append(f"  time of a step    {step.total:.3g} s ({parts})")
     if plan.seconds is not None:
         lines.append(f"  time of the run   {duration(plan.seconds)}")
+    if needs.host:
+        parts = ", ".join(f"{name} {gib(count)}" for name, count in needs.host.items())
+        lines.append(
+            f"  RAM for the run   {gib(sum(needs.host.values()))} ({parts}), beside programs and data"
+        )
     d = plan.disk
     lines += [
         f"  checkpoint        {gib(d.checkpoint)}, {d.kept} kept",

@@ -72,6 +72,7 @@ def tell_memory(cfg: Config, hardware: Hardware, tokenizer: Any) -> None:
     except ModelError as error:
         console.detail(error.problems[0].message)
         return
+    _tell_ram(sum(found.needs.host.values()))
     if found.fits:
         console.detail(f"memory: needs {found.needs.needed / GIB:.1f} of {memory / GIB:.1f} GiB")
         return
@@ -91,6 +92,22 @@ def tell_memory(cfg: Config, hardware: Hardware, tokenizer: Any) -> None:
         raise EnvironmentProblem(problem)
     if world().is_main:
         console.show_problem(problem)
+
+
+def _tell_ram(needed: int) -> None:
+    """Warns where RAM is too small for what waits in it while the GPU works. Devices beside the CPU alone."""
+    free = ram().free
+    if not needed or not free or needed <= free or not world().is_main:
+        return
+    console.show_problem(
+        Problem(
+            f"The run holds {needed / GIB:.1f} GiB in RAM beside its programs (offloading, `save_async`), and "
+            f"{free / GIB:.1f} are free.",
+            "Set `save_async: false`, offload less, or give the machine more memory.",
+            "warning",
+            code="AX1405",
+        )
+    )
 
 
 def show_memory(cfg: Config, hardware: Hardware, tokenizer: Any) -> None:
