@@ -49,7 +49,7 @@ def test_a_key_explained() -> None:
         assert part in text
     assert "has to be set" in explain_key("base_model")
     assert "unavailable: preference tuning" in explain_key("rl")
-    assert "validated: FSDP" in explain_key("fsdp_config")
+    assert "unavailable: expert parallelism" in explain_key("expert_parallel_size")
     assert "offload_params" in explain_key("fsdp_config")
     assert "flash_attention" in explain_key("attn_implementation")
     assert explain_key("--lora-alpha") == text

@@ -45,7 +45,7 @@ def test_every_key_has_one_line_of_meaning() -> None:
 
 
 # Two keys decide others while a config is loaded, so nothing later has to ask for them.
-_READ_WHILE_LOADING = {"plugins", "fused_kernels"}
+_READ_WHILE_LOADING = {"plugins", "fused_kernels", "fsdp_config.activation_checkpointing"}
 # Blocks that are handed on whole, as they are written.
 _HANDED_ON = ("peft.loftq_config.",)
 # Names that say what does not depend on a key, or which keys leave the prepared rows as they are: nobody reads there.

@@ -545,13 +545,25 @@ BROKEN = [
         "the_optimizer_can_be_sharded",
         "optimizer: adamw_8bit\nfsdp_version: 1\nfsdp_config: {offload_params: true}",
         "conflict",
-        "optimizer fsdp_config.offload_params",
+        "optimizer fsdp_config",
     ),
     (
         "the_optimizer_can_be_sharded",
-        "optimizer: muon\nfsdp_version: 1\nfsdp_config: {use_orig_params: true}",
+        "optimizer: adafactor\nfsdp_version: 2\nfsdp_config: {offload_params: true}",
         "conflict",
         "optimizer fsdp_config",
+    ),
+    (
+        "fsdp_options_fit_together",
+        "fsdp_config: {mixed_precision_policy: int8}",
+        "invalid_value",
+        "fsdp_config.mixed_precision_policy",
+    ),
+    (
+        "fsdp_options_fit_together",
+        "fsdp_config: {state_dict_type: LOCAL_STATE_DICT}",
+        "warning",
+        "fsdp_config.state_dict_type",
     ),
     ("the_optimizer_can_be_sharded", "optimizer: muon\ndeepspeed: a.json", "conflict", "optimizer deepspeed"),
     (

@@ -23,33 +23,34 @@ class FsdpConfig(Block):
     """How FSDP shards the model."""
 
     fsdp_version: Literal[1, 2] | None = None
-    """FSDP's version: 2 is today's."""
+    """FSDP's version: 2 is today's, and runs what is written for 1 too."""
     activation_checkpointing: bool | None = None
     """Compute activations again in the backward pass."""
     offload_params: bool | None = None
     """Keep parameters in CPU memory while they are not needed."""
-    sync_module_states: bool | None = None
+    sync_module_states: bool | None = idle("all processes get the same weights")
     """Send the weights of the first process to all others at the start."""
     cpu_ram_efficient_loading: bool | None = None
-    """Load the weights on the first process only."""
+    """Each process reads its own part of the weights (on unless false); false: each loads the whole model first."""
     cpu_offload_pin_memory: bool | None = None
     """Pin the CPU memory of offloaded parameters."""
-    use_orig_params: bool | None = None
+    use_orig_params: bool | None = idle("version 2 never hides them")
     """Keep the original parameters visible (version 1)."""
     state_dict_type: StateDict | None = None
-    """Form in which checkpoints hold the weights."""
+    """Form in which checkpoints hold the weights: parts of all processes (SHARDED_STATE_DICT, the usual one), or whole
+    safetensors beside them (FULL_STATE_DICT)."""
     final_state_dict_type: StateDict | None = None
-    """Form in which the finished weights are saved."""
+    """Form in which the finished weights are saved: whole safetensors unless SHARDED_STATE_DICT is written."""
     auto_wrap_policy: Literal["TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP"] | None = None
     """How the model is divided into units."""
     transformer_layer_cls_to_wrap: Text | list[Text] | None = None
-    """Classes of the layers that become units."""
+    """Classes of the layers that are gathered one at a time; found by themselves where this is left out."""
     min_num_params: PositiveInt | None = None
     """Size from which a module becomes a unit."""
     reshard_after_forward: bool | None = None
     """Give gathered weights back after the forward pass: less memory, more traffic."""
     mixed_precision_policy: Text | None = None
-    """Number type in which sharded weights compute."""
+    """Number type in which sharded weights are gathered and compute: bf16, fp16 or fp32; that of the weights unless set."""
 
 
 class DistributedSection(Section):
@@ -71,15 +72,15 @@ class DistributedSection(Section):
     """DeepSpeed's configuration: a JSON file, or the mapping itself."""
     deepcompile: bool = validated("DeepCompile", False)
     """Let DeepSpeed compile the model."""
-    fsdp_config: FsdpConfig | None = validated("FSDP")
+    fsdp_config: FsdpConfig | None = None
     """Shard the model over the devices with FSDP."""
-    fsdp_version: Literal[1, 2] | None = validated("FSDP")
-    """FSDP's version: 2 is today's."""
-    fsdp_final_state_dict_type: StateDict | None = validated("FSDP")
-    """Form in which the finished weights are saved."""
-    dp_shard_size: Int | None = validated("parallel axes")
+    fsdp_version: Literal[1, 2] | None = None
+    """FSDP's version: 2 is today's, and runs what is written for 1 too."""
+    fsdp_final_state_dict_type: StateDict | None = None
+    """Form in which the finished weights are saved: whole safetensors unless SHARDED_STATE_DICT is written."""
+    dp_shard_size: Int | None = None
     """Devices over which the model is sharded; left out or -1: all that the other axes leave."""
-    dp_replicate_size: PositiveInt | None = validated("parallel axes")
+    dp_replicate_size: PositiveInt | None = None
     """Copies of the sharded model."""
     tensor_parallel_size: PositiveInt | None = validated("parallel axes")
     """Devices that share each matrix product."""

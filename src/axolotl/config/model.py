@@ -18,7 +18,6 @@ from axolotl.config.section import (
     idle,
     later,
     required,
-    validated,
 )
 
 
@@ -208,9 +207,9 @@ class ModelSection(Section):
     """Load and train purely in float32."""
     tf32: Literal["auto"] | bool = "auto"
     """Let float32 matrix products use TensorFloat-32; `auto` does so where the GPU can."""
-    fp32_norms: bool = validated("FSDP", False)
+    fp32_norms: bool = False
     """Keep the norm layers in float32."""
-    fp32_norm_classes: list[Text] | None = validated("FSDP")
+    fp32_norm_classes: list[Text] | None = None
     """Which norm classes to keep in float32."""
 
     # Attention

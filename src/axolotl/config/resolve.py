@@ -189,11 +189,14 @@ def _tracking(cfg: Config, hardware: Hardware) -> list[Resolution]:
 
 
 def _distributed(cfg: Config, hardware: Hardware) -> list[Resolution]:
-    distributed = cfg.distributed
+    distributed, found = cfg.distributed, []
     if distributed.fsdp_config and distributed.fsdp_version is None:
         version = distributed.fsdp_config.fsdp_version or 2
-        return [Resolution("fsdp_version", version, "as fsdp_config says, else today's version")]
-    return []
+        found.append(Resolution("fsdp_version", version, "as fsdp_config says, else today's version"))
+    if distributed.fsdp_config and distributed.fsdp_config.activation_checkpointing:
+        reason = "`fsdp_config.activation_checkpointing` asks for it"
+        found.append(Resolution("gradient_checkpointing", True, reason))
+    return found
 
 
 _STEPS: tuple[Callable[[Config, Hardware], list[Resolution]], ...] = (
@@ -202,10 +205,10 @@ _STEPS: tuple[Callable[[Config, Hardware], list[Resolution]], ...] = (
     _seed,
     _batch,
     _data,
+    _distributed,
     _memory,
     _compile,
     _losses,
     _kernels,
     _tracking,
-    _distributed,
 )

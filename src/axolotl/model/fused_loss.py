@@ -115,8 +115,9 @@ def same_loss(model: PreTrainedModel, device: torch.device) -> tuple[float, floa
         with torch.no_grad():
             batch = {"input_ids": ids, "labels": labels, "use_cache": False}
             items = torch.tensor(5.0, device=device)
-            plain = own_forward(model)(**batch, num_items_in_batch=items).loss
+            # In this order: the pass through the model's hooks is what gathers the parts of a sharded one.
             ours = model(**batch, num_items_in_batch=items).loss
+            plain = own_forward(model)(**batch, num_items_in_batch=items).loss
         return float(plain), float(ours)
     finally:
         model.train(was_training)

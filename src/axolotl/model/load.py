@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from axolotl.console import note, warn
 from axolotl.distributed.deepspeed import divided, shape_of
+from axolotl.distributed.world import world
 from axolotl.errors import EnvironmentProblem, ModelError, Place, Problem
 from axolotl.model.embeddings import (
     embedding_rows,
@@ -26,6 +27,7 @@ from axolotl.model.embeddings import (
     resize_embeddings,
     wanted_rows,
 )
+from axolotl.model.empty import empty_model
 from axolotl.model.files import check_base_model, local_folder
 from axolotl.model.freeze import freeze_except
 from axolotl.model.quantize import (
@@ -56,12 +58,14 @@ def load_model(
     stop_tokens: Sequence[str] = (),
     adapter_dir: Path | None = None,
     place: Place | None = None,
+    in_parts: bool = False,
 ) -> PreTrainedModel:
     """The base model, resized to the tokenizer, quantised and frozen as the config says, without its adapter.
 
     `device`: where the weights go; None takes `device` of the config, else this process's GPU where there is one, else
     the CPU. `stop_tokens` are texts at which generation shall stop besides EOS. `adapter_dir`: an adapter that will be
-    put on it, whose vocabulary counts. Raises ModelError for a model that is missing, damaged, unknown or does not
+    put on it, whose vocabulary counts. `in_parts`: the model will be divided among processes, and gets its weights after
+    that (see `axolotl.model.empty`), as far as it can be loaded so. Raises ModelError for a model that is missing, damaged, unknown or does not
     fit, and EnvironmentProblem where a package or memory is lacking.
     """
     problems = check_base_model(model, place)
@@ -75,14 +79,32 @@ def load_model(
     cls = model_class(model, config)
     if seed is not None:
         set_seed(seed)
-    if model.reinit_weights:
+    empty = None
+    if in_parts and quantization_config(model, adapter, dtype) is None and unpacking(config, model) is None:
+        device = "cpu"  # parts go to the device later
+        empty = empty_model(
+            cls,
+            config,
+            model,
+            adapter,
+            tokenizer,
+            dtype,
+            attn_implementation,
+            adapter_dir=adapter_dir,
+            seed=seed,
+        )
+    if empty is not None and not (empty.from_first and world().is_main):
+        loaded = empty.model
+    elif model.reinit_weights:
         loaded = _from_nothing(cls, config, model, adapter, tokenizer, dtype, attn_implementation, device)
     else:
         loaded = _from_files(cls, config, model, adapter, dtype, attn_implementation, device, place)
     _fit_vocabulary(loaded, model, adapter, tokenizer, training, adapter_dir)
+    if empty is not None:
+        empty.ready(loaded)
     align_special_tokens(loaded, tokenizer, stop_tokens)
     if training:
-        if model.fix_untrained_tokens is not None:
+        if model.fix_untrained_tokens is not None and (empty is None or loaded is not empty.model):
             fix_untrained_tokens(loaded, model.fix_untrained_tokens)
         loaded.config.use_cache = False
         if model.unfrozen_parameters and adapter.adapter is None:

@@ -10,6 +10,7 @@ from axolotl.config import Config, Hardware
 from axolotl.data.stream import Stream
 from axolotl.distributed.deepspeed import begin_zero
 from axolotl.distributed.failure import among_several, started_by_us
+from axolotl.distributed.fsdp import loads_in_parts
 from axolotl.distributed.group import from_main, start_group
 from axolotl.distributed.world import detect_hardware, only_repeatable_kernels, world
 from axolotl.errors import EnvironmentProblem, UserError
@@ -89,6 +90,7 @@ def train(cfg: Config) -> TrainResult:
             seed=seed,
             stop_tokens=stop_tokens(cfg, tokenizer),
             adapter_dir=before,
+            in_parts=loads_in_parts(cfg.distributed),
         )
     if cfg.adapter.adapter is not None:
         model = add_adapter(

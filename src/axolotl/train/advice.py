@@ -62,7 +62,7 @@ class LossAdvice(TrainerCallback):
                 f"Only {share:.2%} of the tokens are trained, so the loss will hardly move: see `axolotl preprocess "
                 "--debug`. [AX1103]"
             )
-        if args.world_size > 1 or self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
+        if args.world_size > 1 or self.trainer.is_deepspeed_enabled:
             return
         if type(self.trainer) is not CausalTrainer:
             return

@@ -24,12 +24,14 @@ from axolotl.console import detail, note, warn
 from axolotl.data.stream import Stream
 from axolotl.distributed.deepspeed import divided
 from axolotl.distributed.failure import launch_name
+from axolotl.distributed.fsdp import Sharding, give_back, mesh_for, norms_in_float32, shard_model
 from axolotl.distributed.world import world
 from axolotl.errors import ModelError, Problem
 from axolotl.methods.registry import Method, method_of
 from axolotl.model.attention import AttentionChoice, choose_attention, set_attention
 from axolotl.model.context import SharedRows, share_rows
 from axolotl.model.float8 import train_in_float8
+from axolotl.model.empty import fill, put_on_meta, source_of, take_out
 from axolotl.model.patch import Bench, apply_kernels
 from axolotl.model.recompute import recompute_of
 from axolotl.model.replace import Replacements
@@ -100,6 +102,7 @@ def build_trainer(
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     attention = _apply_attention(inner, attention, cfg)
+    sharding = _sharded(inner, cfg, hardware)
     alignment = 8 if hardware.device == "cuda" else None
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     batches: BatchSource | StreamSource
@@ -155,6 +158,8 @@ def build_trainer(
         interrupted=lambda: signals() or limit(),
         asked=asked(cfg),
         axes=axes,
+        distributed=cfg.distributed,
+        sharding=sharding,
     )
     parts.run = {
         "run_id": parts.run_id,
@@ -177,9 +182,9 @@ def build_trainer(
     tracked, arguments.report_to = list(arguments.report_to or []), []
     inner.config.use_cache = False
     parts.replaced = _fused(inner, cfg)
-    if cfg.model.fp8:
+    if cfg.model.fp8 and sharding is None:
         train_in_float8(inner, parts.replaced)
-    device = next(inner.parameters()).device
+    device = next(inner.parameters()).device if sharding is None else _home(hardware)
     parts.recomputing = spare_memory(
         inner,
         cfg.train,
@@ -210,6 +215,7 @@ def build_trainer(
     if cfg.output.hub_model_id and place.is_main:
         parts.uploads = Uploads(cfg.output, tell)
     _probe(trainer, model, attention, parts, cfg, shared)
+    give_back(model)
     # Not before: trials and rehearsals give the model whole rows.
     share_rows(shared)
     trackers = guarded(tracked, cfg.tracking, _facts(parts), tell)
@@ -241,6 +247,36 @@ def build_trainer(
         _compare(trainer, resume)
     _say(cfg, trainer, attention)
     return trainer
+
+
+def _sharded(model: PreTrainedModel, cfg: Config, hardware: Hardware) -> Sharding | None:
+    """Divides the model over the processes, where the config asks for it and there are several."""
+    options = cfg.distributed.fsdp_config
+    if options is None or world().size <= 1:
+        return None
+    if cfg.model.fp32_norms:
+        names = norms_in_float32(model, cfg.model.fp32_norm_classes or ())
+        note(f"Held in float32: {', '.join(names)}.")
+    if cfg.model.fp8:
+        # Before the model is divided: these layers take the places of others, for good.
+        train_in_float8(model, Replacements())
+    source, held = source_of(model), None
+    if source is not None:
+        held = take_out(model) if source.files is None and source.seed is None and world().is_main else None
+        put_on_meta(model)
+    sharding = shard_model(model, options, mesh_for(cfg.distributed, hardware.device))
+    if source is not None:
+        fill(model, source, torch.device("cpu") if options.offload_params else _home(hardware), held)
+    axes, units = sharding.mesh.axes, ", ".join(sharding.units) or "the whole model"
+    copies = f", {axes.replicate} copies of it" if axes.replicate > 1 else ""
+    old = " in place of version 1" if cfg.distributed.fsdp_version == 1 else ""
+    note(f"FSDP2{old}: each weight in {axes.weight_shards} parts{copies}; gathered by {units}.")
+    return sharding
+
+
+def _home(hardware: Hardware) -> torch.device:
+    """Where this process computes."""
+    return torch.device("cuda", world().local_rank) if hardware.device == "cuda" else torch.device("cpu")
 
 
 def _facts(parts: Parts) -> dict[str, Any]:
@@ -328,6 +364,7 @@ def _probe(
     shared: SharedRows | None,
 ) -> None:
     if not hasattr(model.config, "vocab_size") or divided() or trainer.is_fsdp_enabled:
+    if not hasattr(model.config, "vocab_size") or trainer.is_deepspeed_enabled:
         return
     device = trainer.args.device
     autocast = torch.autocast(device.type, parts.autocast) if parts.autocast else contextlib.nullcontext()

@@ -91,12 +91,25 @@ def clear_staging(output_dir: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def publish(written: Path, final: Path) -> None:
-    """Turns a folder that is written into a checkpoint: manifest, everything flushed to disk, renamed in one go."""
-    files = _hashed(written)
+def described(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files that this process has written, which are on the disk then."""
+    for name in names:
+        _flush(folder / name)
+    return _hashed(folder, names)
+
+
+def publish(written: Path, final: Path, known: dict[str, dict[str, Any]] | None = None) -> None:
+    """Turns a folder that is written into a checkpoint: manifest, everything flushed to disk, renamed in one go.
+
+    `known`: files that other processes have looked at already (see `described`).
+    """
+    done = known or {}
+    present = (p for p in sorted(written.rglob("*")) if p.is_file() and p.name != MANIFEST)
+    rest = [name for name in (p.relative_to(written).as_posix() for p in present) if name not in done]
+    files = dict(sorted((done | described(written, rest)).items()))
     write_json(written / MANIFEST, {"format": 1, "files": files})
-    for name in files:
-        _flush(written / name)
+    for each in {(written / name).parent for name in files}:
+        _flush(each)
     _flush(written)
     replaced = final.with_name(f".old-{final.name}")
     if final.exists():
@@ -287,10 +300,7 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
     os.replace(aside, file)
 
 
-def _hashed(folder: Path, names: list[str] | None = None) -> dict[str, dict[str, Any]]:
-    if names is None:
-        files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST)
-        names = [p.relative_to(folder).as_posix() for p in files]
+def _hashed(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     # Hashing lets other threads run meanwhile.
     with ThreadPoolExecutor(max_workers=4) as pool:
         hashes = list(pool.map(lambda name: _sha256(folder / name), names))

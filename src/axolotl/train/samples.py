@@ -51,7 +51,7 @@ class Samples(TrainerCallback):
         )
 
     def on_train_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
-        if self.on and (self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled):
+        if self.on and (self.trainer.is_deepspeed_enabled or self.trainer.parts.sharding):
             self.on = False
             self.trainer.tell("`generate_samples`: a sharded model gives no answers while it is trained.")
 

@@ -128,7 +128,7 @@ class Saving(_Base):
         """Whether a thread writes the checkpoints. Sharded states and some quantised ones only save themselves."""
         model: Any = self.model
         alone = hasattr(model, "peft_config") or getattr(model, "hf_quantizer", None) is None
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        sharded = self.is_deepspeed_enabled or self.parts.sharding is not None
         return bool(self.parts.train.save_async) and alone and not sharded
 
     def _save_in_background(self) -> None:
@@ -193,8 +193,9 @@ class Saving(_Base):
         problem = self._agreed(self._disk_trouble(write))
         if problem is None:
             whole: Any = self
+            known = self.written_by_all(aside / f"checkpoint-{self.state.global_step}")
             problem = self._agreed(
-                self._disk_trouble(lambda: self._publish(aside, facts(whole)))
+                self._disk_trouble(lambda: self._publish(aside, facts(whole), known))
                 if self.args.should_save
                 else None
             )
@@ -210,7 +211,7 @@ class Saving(_Base):
         except Exception as error:
             if not is_disk_trouble(error):
                 raise
-            if self.args.world_size > 1 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            if self.args.world_size > 1 and self.is_deepspeed_enabled:
                 raise CheckpointError(
                     f"The checkpoint of step {self.state.global_step} could not be saved: {error}.",
                     "Free some space, then run the same command with `--auto-resume-from-checkpoints`.",
@@ -248,7 +249,11 @@ class Saving(_Base):
             f"{wait:.0f} seconds."
         )
 
-    def _publish(self, aside: Path, facts: Facts) -> None:
+    def written_by_all(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Size and hash of the files that each process has written alone."""
+        raise NotImplementedError
+
+    def _publish(self, aside: Path, facts: Facts, known: dict[str, dict[str, Any]] | None = None) -> None:
         parts, state = self.parts, facts.state
         final = Path(parts.output_dir) / f"checkpoint-{facts.step}"
         written = aside / final.name
@@ -260,7 +265,7 @@ class Saving(_Base):
         for name, text in facts.place.items():
             (written / name).write_text(text, encoding="utf-8")
         write_json(written / "axolotl_config.json", parts.asked)
-        publish(written, final)
+        publish(written, final, **({"known": known} if known else {}))
         shutil.rmtree(aside, ignore_errors=True)
         self.state.best_model_checkpoint = state.best_model_checkpoint
         self.checkpoint_bytes = size_of(final)
@@ -340,8 +345,7 @@ class SaveCare(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
-        if not self.trainer.is_fsdp_enabled:
-            self.trainer.rehearse()
+        self.trainer.rehearse()
         if self.trainer.parts.train.save_async and self.trainer.parts.cadence.save:
             self._say_how()
 

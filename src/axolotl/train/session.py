@@ -373,6 +373,7 @@ def _write_final(trainer: Trainer, cfg: Config, output_dir: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         output_dir.mkdir(parents=True, exist_ok=True)
     trainer.accelerator.wait_for_everyone()
+    trainer.writes_final = True  # type: ignore[attr-defined]
     trainer.save_model(str(aside), _internal_call=True)
     if not world().is_main:
         return

@@ -163,7 +163,7 @@ class Steps(_Base):
         why = ""
         if train.on_oom == "fail":
             why = "`on_oom: fail` ends the run here"
-        elif self.args.world_size > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        elif self.args.world_size > 1 or self.is_deepspeed_enabled:
             why = "with several processes the batch cannot be cut while training"
         elif self.split >= max(sum(map(len, self._rows_of(i))) for i in self._step_batches()):
             why = "a single row does not fit"

@@ -23,11 +23,13 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from axolotl.config.adapter import AdapterSection
 from axolotl.config.axes import Axes
+from axolotl.config.distributed import DistributedSection
 from axolotl.config.optim import OptimSection
 from axolotl.config.train import TrainSection
 from axolotl.console import warn
 from axolotl.data.packing import Volume
 from axolotl.data.types import IGNORE_INDEX
+from axolotl.distributed.fsdp import Sharding, give_back
 from axolotl.distributed.world import peak_memory_bytes, world
 from axolotl.errors import AxolotlError, DataError
 from axolotl.model.recompute import Recomputing
@@ -38,6 +40,7 @@ from axolotl.train.batches import BatchSource, EpochBatches
 from axolotl.train.cadence import Cadence
 from axolotl.train.checkpoint import RunState
 from axolotl.train.saving import Saving
+from axolotl.train.sharded import Sharded
 from axolotl.train.steps import Clock, Steps
 from axolotl.train.streamed import Numbers, StreamSource
 from axolotl.weights.publish import Uploads
@@ -80,6 +83,9 @@ class Parts:
     """What the config asks for, as plain data without secrets; saved with each checkpoint."""
     run: dict[str, Any] = field(default_factory=dict)
     """What run.json holds while the run goes on."""
+    distributed: DistributedSection = field(default_factory=DistributedSection)
+    sharding: Sharding | None = None
+    """How FSDP2 has divided the model; None where every process holds it."""
     uploads: Uploads | None = None
     """What uploads checkpoints; None without `hub_model_id`, and on all ranks but the first."""
     axes: Axes = field(default_factory=Axes)
@@ -91,7 +97,7 @@ class Parts:
         return self.axes.data_rank(world().rank), self.axes.data_ranks
 
 
-class TrainerMixin(Saving, Steps, _Base):
+class TrainerMixin(Sharded, Saving, Steps, _Base):
     """Goes in front of a trainer class. The loss is normalised by the trained tokens of the whole global batch."""
 
     model: Any
@@ -113,6 +119,7 @@ class TrainerMixin(Saving, Steps, _Base):
         self.spikes = SpikeWatch(parts.train.spike_threshold)
         self._parameters: int | None = None
         super().__init__(*args, **kwargs)
+        self.mark_sharded()
         self.remove_callback(PrinterCallback)
         if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
             self.compute_loss_func = token_loss
@@ -236,6 +243,7 @@ class TrainerMixin(Saving, Steps, _Base):
                 loss: Any = self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=one)
             total += loss.detach().to(total.device, total.dtype)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        give_back(model)
         model.train(was_training)
         # On several ranks compute_loss multiplies by their number, to undo the mean that DDP takes of gradients.
         total = total / max(self.args.world_size, 1)

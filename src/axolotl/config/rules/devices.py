@@ -10,6 +10,9 @@ from axolotl.config.rules.rulebook import conflict, rule, warning
 from axolotl.errors import Problem
 
 _8BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
+FSDP_PRECISIONS = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
+_WHOLE_STATE = ("adafactor", "came_pytorch", "grokadamw", "ademamix")
+_OWN_STATE = ("8bit", "4bit", "bnb", "paged_")
 _WHOLE_MATRICES = (
     "muon",
     "flash_adamw",
@@ -96,11 +99,14 @@ def one_version_of_fsdp(cfg: Config) -> Iterator[Problem]:
         )
     elif fsdp_version(cfg) == 1:
         yield warning(
-            "`fsdp_version` 1 is the old FSDP.", "Write `fsdp_version: 2`.", "fsdp_version", "fsdp_config"
+            "`fsdp_version` 1 is the old FSDP: version 2 runs in its place, with the same results.",
+            "Write `fsdp_version: 2`.",
+            "fsdp_version",
+            "fsdp_config",
         )
 
 
-@rule("fsdp_config")
+@rule("fsdp_config", "fsdp_final_state_dict_type")
 def fsdp_options_fit_together(cfg: Config) -> Iterator[Problem]:
     """Some options of FSDP need others."""
     config = cfg.distributed.fsdp_config
@@ -119,6 +125,24 @@ def fsdp_options_fit_together(cfg: Config) -> Iterator[Problem]:
             "Set `offload_params: true` and `fsdp_version: 2`, or delete it.",
             "fsdp_config.cpu_offload_pin_memory",
         )
+    precision = config.mixed_precision_policy
+    if precision is not None and precision.lower() not in FSDP_PRECISIONS:
+        yield conflict(
+            f"`mixed_precision_policy` is `{precision}`; it takes {', '.join(f'`{p}`' for p in FSDP_PRECISIONS)}.",
+            "Delete the line to compute in the number type of the weights.",
+            "fsdp_config.mixed_precision_policy",
+            kind="invalid_value",
+        )
+    forms = {"fsdp_config.state_dict_type": config.state_dict_type}
+    forms["fsdp_config.final_state_dict_type"] = config.final_state_dict_type
+    forms["fsdp_final_state_dict_type"] = cfg.distributed.fsdp_final_state_dict_type
+    for key, form in forms.items():
+        if form == "LOCAL_STATE_DICT":
+            yield warning(
+                f"`{key}: LOCAL_STATE_DICT` is of the old FSDP: parts are written as SHARDED_STATE_DICT.",
+                f"Write `{key.rpartition('.')[2]}: SHARDED_STATE_DICT`.",
+                key,
+            )
 
 
 @rule("optimizer", "fsdp_config", "fsdp_version", "deepspeed", "tensor_parallel_size")
@@ -126,30 +150,13 @@ def the_optimizer_can_be_sharded(cfg: Config) -> Iterator[Problem]:
     """Some optimizers need whole matrices, or cannot move their state."""
     name, distributed = cfg.optim.optimizer, cfg.distributed
     remedy = "Choose another optimizer, such as `adamw_torch_fused`."
-    if distributed.fsdp_config:
-        version = fsdp_version(cfg)
-        written = distributed.fsdp_version or distributed.fsdp_config.fsdp_version
-        if written == 2 and name in _8BIT[:2]:
-            yield conflict(
-                f"`optimizer: {name}` does not work with version 2 of FSDP.",
-                remedy,
-                "optimizer",
-                "fsdp_config",
-            )
-        if version == 1 and distributed.fsdp_config.offload_params and "8bit" in name:
-            yield conflict(
-                f"`optimizer: {name}` does not work with `offload_params` of FSDP 1.",
-                remedy,
-                "optimizer",
-                "fsdp_config.offload_params",
-            )
-        if version == 1 and name in _WHOLE_MATRICES:
-            yield conflict(
-                f"`optimizer: {name}` does not work with version 1 of FSDP.",
-                "Write `fsdp_version: 2`, or choose another optimizer.",
-                "optimizer",
-                "fsdp_config",
-            )
+    if distributed.fsdp_config and (name in _WHOLE_STATE or any(part in name for part in _OWN_STATE)):
+        yield conflict(
+            f"`optimizer: {name}` does not work with FSDP: its state cannot be divided.",
+            remedy,
+            "optimizer",
+            "fsdp_config",
+        )
     if distributed.deepspeed and name in _WHOLE_MATRICES:
         yield conflict(f"`optimizer: {name}` does not work with DeepSpeed.", remedy, "optimizer", "deepspeed")
     if (distributed.tensor_parallel_size or 1) > 1 and name in _8BIT:
