@@ -30,8 +30,8 @@ from axolotl.errors import ModelError, Problem
 from axolotl.methods.registry import Method, method_of
 from axolotl.model.attention import AttentionChoice, choose_attention, set_attention
 from axolotl.model.context import SharedRows, share_rows
-from axolotl.model.float8 import train_in_float8
 from axolotl.model.empty import fill, put_on_meta, source_of, take_out
+from axolotl.model.float8 import train_in_float8
 from axolotl.model.patch import Bench, apply_kernels
 from axolotl.model.recompute import recompute_of
 from axolotl.model.replace import Replacements
@@ -363,8 +363,7 @@ def _probe(
     cfg: Config,
     shared: SharedRows | None,
 ) -> None:
-    if not hasattr(model.config, "vocab_size") or divided() or trainer.is_fsdp_enabled:
-    if not hasattr(model.config, "vocab_size") or trainer.is_deepspeed_enabled:
+    if not hasattr(model.config, "vocab_size") or divided():
         return
     device = trainer.args.device
     autocast = torch.autocast(device.type, parts.autocast) if parts.autocast else contextlib.nullcontext()
