@@ -93,7 +93,7 @@ def work(way: str, folder: Path) -> dict[str, float]:
 
     base, adapter, out = folder / "base", folder / "adapter", folder / "out"
     imported = _most_memory()
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), sum(os.times()[:4])
     if way == "copy":
         out.mkdir()
         subprocess.run(["cp", *map(str, base.glob("*.safetensors")), str(out)], check=True)
@@ -113,7 +113,8 @@ def work(way: str, folder: Path) -> dict[str, float]:
         )
         assert all(check.passed for check in report.checks), report.checks
     took = time.perf_counter() - started
-    return {"seconds": took, "peak_bytes": _most_memory(), "libraries_bytes": imported}
+    busy = sum(os.times()[:4]) - busy
+    return {"seconds": took, "cpu_seconds": busy, "peak_bytes": _most_memory(), "libraries_bytes": imported}
 
 
 def _most_memory() -> int:
@@ -151,6 +152,7 @@ def measured(size: int, rounds: int, folder: Path) -> dict[str, Any]:
         "adapter_bytes": (folder / "adapter" / "adapter_model.safetensors").stat().st_size,
         "libraries_bytes": max(run["libraries_bytes"] for runs in found.values() for run in runs),
         "seconds": {way: spread([run["seconds"] for run in runs]) for way, runs in found.items()},
+        "cpu_seconds": {way: spread([run["cpu_seconds"] for run in runs]) for way, runs in found.items()},
         "peak_bytes": {way: peak[way] for way in WAYS if way != "copy"},
         "ratios": {
             "merge_over_copy": round(best["merge"] / best["copy"], 3),

@@ -64,6 +64,23 @@ def table() -> str:
             cost,
         ),
     ]
+    merging = result("merge")
+    small, large = merging["sizes"]["2_GB"], merging["sizes"]["8_GB"]
+    rows += [
+        (
+            "peak memory of merging a LoRA into 2 GB; into 8 GB; of that for the libraries; PEFT's, 8 GB",
+            f"{small['peak_bytes']['merge_checked'] / 1e6:.0f} MB; {large['peak_bytes']['merge_checked'] / 1e6:.0f} MB; "
+            f"{large['libraries_bytes'] / 1e6:.0f} MB; {large['peak_bytes']['peft'] / 1e6:,.0f} MB",
+            merging,
+        ),
+        (
+            "time of merging and checking layer by layer beside `cp` of the same files, 2 GB; 8 GB; beside PEFT, 8 GB",
+            f"{small['ratios']['merge_checked_over_copy']:.2f} ×; {large['ratios']['merge_checked_over_copy']:.2f} ×; "
+            f"{large['ratios']['merge_over_peft']:.2f} ×"
+            + (" (on a busy machine)" if merging["machine"]["load"] > 2 * merging["machine"]["cpus"] else ""),
+            merging,
+        ),
+    ]
     gpu = result("gpu-train")
     more = [
         *(

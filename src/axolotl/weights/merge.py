@@ -192,6 +192,10 @@ def merge(
     return report
 
 
+def _kind(config: PeftConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
 def base_folder(model: ModelSection) -> Path:
     """The folder with the base model's files; a model of the Hub is fetched into the cache. Raises ModelError."""
     problems = check_base_model(model)
@@ -220,6 +224,12 @@ def _prepare(
     base: Base,
 ) -> _Job:
     peft_config = adapter_config(adapter_dir)
+    if peft_config.is_prompt_learning:
+        raise ModelError(
+            f"The adapter `{adapter_dir}` ({_kind(peft_config)}) stands before the prompt and changes no weights: there "
+            "is nothing to merge.",
+            "Use it unmerged: axolotl inference --lora-model-dir ...",
+        )
     adapter_tensors(adapter_dir, allow_pickle=bool(model.trust_remote_code))
     folder = base_folder(model)
     config = load_model_config(model)
@@ -273,7 +283,7 @@ def _in_memory(job: _Job, part: Path) -> Written:
             merged = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, NotImplementedError, AttributeError, RuntimeError) as error:
         raise ModelError(
-            f"PEFT cannot merge this adapter: {str(error).splitlines()[0]}",
+            f"PEFT cannot merge this adapter: {(str(error).splitlines() or [_kind(job.peft_config)])[0]}",
             "Use it unmerged: axolotl inference --lora-model-dir ...",
         ) from error
     # In the original format an unpacked model would get the names, though not the numbers, of packed weights.
