@@ -9,16 +9,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from transformers import AutoTokenizer
 
 from axolotl.config.host import disk_free, oom_kills, ram
+from axolotl.distributed.world import detect_hardware
+from axolotl.plan import machine
 from axolotl.plan.extras import BAD_PAIRS, UNLOCKS, bad_pairs
-from axolotl.plan.machine import allows, attention_backends, match_driver
+from axolotl.plan.machine import allows, attention_backends, built_for, match_driver
 from axolotl.plan.stops import Ends, compare_ends, ids_of
 from axolotl.run.doctor import without_names
 
@@ -175,7 +179,86 @@ def test_what_a_capability_allows() -> None:
     assert allows((9, 0)) == "bf16 yes, fp8 yes, flash attention yes"
     assert allows((8, 0)) == "bf16 yes, fp8 no, flash attention yes"
     assert "no (fp16 instead)" in allows((7, 5))
-    assert attention_backends("cpu")["math"]
+    tried = attention_backends("cpu", torch.float32)
+    assert tried["math"] and tried["cudnn"] is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "archs", "runs"),
+    [
+        ((9, 0), ["sm_80", "sm_90", "sm_100"], True),
+        ((8, 9), ["sm_80", "sm_90"], True),
+        ((12, 0), ["sm_80", "sm_90"], False),
+        ((12, 0), ["sm_90", "compute_90"], True),
+        ((7, 0), ["sm_75", "sm_80"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((10, 3), ["sm_100"], True),
+        ((9, 4), ["gfx942"], True),
+        ((9, 0), [], True),
+    ],
+)
+def test_the_gpus_that_a_torch_has_code_for(
+    capability: tuple[int, int], archs: list[str], runs: bool
+) -> None:
+    assert built_for(capability, archs) is runs
+
+
+def test_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The calls that only a GPU answers, answered as torch does: one free, one of another kind and full, one in use."""
+    full = 143 << 30
+    properties = [
+        SimpleNamespace(name=n, major=m, total_memory=full)
+        for n, m in (("NVIDIA H200", 9), ("NVIDIA H200", 9), ("NVIDIA GeForce RTX 5090", 12))
+    ]
+
+    def memory(i: int) -> tuple[int, int]:
+        if i == 1:
+            raise torch.AcceleratorError(
+                "CUDA error: out of memory\nCUDA kernel errors might be reported later"
+            )
+        return (full - (1 << 30), full) if i == 0 else (full // 4, full)
+
+    for name, answer in {
+        "is_available": lambda: True,
+        "device_count": lambda: 3,
+        "get_device_properties": lambda i: properties[i],
+        "get_device_capability": lambda i: (properties[i].major, 0),
+        "is_bf16_supported": lambda including_emulation=True: True,
+        "get_arch_list": lambda: ["sm_80", "sm_90"],
+        "mem_get_info": memory,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(machine, "driver_version", lambda: "580.159.04")
+    asked: list[Any] = []
+    times = {"flash": 0.31, "cudnn": 0.22, "efficient": None, "math": 4.0}
+    monkeypatch.setattr(machine, "attention_backends", lambda *about: asked.append(about) or times)
+    found = machine.look_at_machine(detect_hardware(), tmp_path)
+    gpus = [f for f in found if f.topic == "GPU"]
+    assert gpus[0].text == "0: NVIDIA H200, capability 9.0, 142.0 GiB of 143.0 GiB free; " + allows((9, 0))
+    assert gpus[1].state == "problem" and gpus[1].text.endswith("cannot be used: CUDA error: out of memory")
+    assert gpus[2].text.startswith("2: NVIDIA GeForce RTX 5090, capability 12.0")
+    assert gpus[3].state == "problem" and "no code for capability 12.0 (it has sm_80, sm_90)" in gpus[3].text
+    assert "other programs hold 107.2 GiB" in gpus[4].text and "the GPUs differ" in gpus[5].text
+    assert next(f for f in found if f.topic == "CUDA").text.endswith("CUDA 13.0, driver 580.159.04")
+    attention = next(f for f in found if f.topic == "attention").text
+    assert attention.startswith(
+        "forward and backward: cudnn 0.2 ms, flash 0.3 ms, math 4.0 ms; not here: efficient"
+    )
+    assert asked == [("cuda", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Mon Sep 29\nGCC version: gcc 12",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (dvs-builder)",
+    ],
+)
+def test_both_kinds_of_driver_tell_their_version(tmp_path: Path, text: str) -> None:
+    (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
+    (tmp_path / "proc/driver/nvidia/version").write_text(text)
+    assert machine.driver_version(tmp_path) == "580.159.04"
 
 
 def test_every_extra_says_what_it_unlocks(project: Path) -> None:

@@ -7,7 +7,9 @@ import platform
 import re
 import socket
 import subprocess
-from collections.abc import Iterator
+import time
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -87,11 +89,13 @@ def _versions() -> Iterator[Finding]:
     )
 
 
-def driver_version() -> str | None:
-    """The NVIDIA driver's version; None where there is none."""
-    file = Path("/proc/driver/nvidia/version")
+def driver_version(root: Path = Path("/")) -> str | None:
+    """The NVIDIA driver's version; None where there is none. `root`: where /proc is looked for."""
+    file = root / "proc/driver/nvidia/version"
     if file.is_file():
-        match = re.search(r"Module\s+(\d+\.\d+(?:\.\d+)?)", file.read_text(errors="replace"))
+        match = re.search(
+            r"Kernel Module(?: for \S+)?\s+(\d+\.\d+(?:\.\d+)?)", file.read_text(errors="replace")
+        )
         if match:
             return match.group(1)
     try:
@@ -149,18 +153,61 @@ def _gpus(hardware: Hardware) -> Iterator[Finding]:
     if hardware.device != "cuda":
         yield Finding("GPU", "note", f"none: training runs on {hardware.device}")
         return
+    archs = torch.cuda.get_arch_list()
     for i, name in enumerate(hardware.gpu_names):
-        free, total = torch.cuda.mem_get_info(i)
-        major, minor = torch.cuda.get_device_capability(i)
+        capability = torch.cuda.get_device_capability(i)
+        try:
+            free, total = torch.cuda.mem_get_info(i)
+        except RuntimeError as error:
+            # Asking makes a context, for which a full GPU has no room.
+            yield Finding(
+                "GPU",
+                "problem",
+                f"{i}: {name} cannot be used: {str(error).splitlines()[0]}",
+                "See `nvidia-smi`: other programs may hold all of its memory, or the whole GPU.",
+                "AX1409",
+            )
+            continue
+        kind = ".".join(map(str, capability))
         yield Finding(
             "GPU",
             "ok",
-            f"{i}: {name}, capability {major}.{minor}, {bytes_as_gib(free)} of {bytes_as_gib(total)} free; {allows((major, minor))}",
+            f"{i}: {name}, capability {kind}, {bytes_as_gib(free)} of {bytes_as_gib(total)} free; {allows(capability)}",
         )
+        if not built_for(capability, archs):
+            yield Finding(
+                "GPU",
+                "problem",
+                f"{i}: torch {torch.__version__} has no code for capability {kind} (it has {', '.join(archs)}).",
+                "Install a torch that is built for this GPU.",
+                "AX1409",
+            )
         if free < 0.5 * total:
             yield Finding(
                 "GPU", "note", f"{i}: other programs hold {bytes_as_gib(total - free)}.", "See `nvidia-smi`."
             )
+    if len(set(hardware.gpu_names)) > 1:
+        yield Finding(
+            "GPU",
+            "note",
+            "the GPUs differ: a run over all of them goes at the pace, and in the memory, of the least.",
+        )
+
+
+def built_for(capability: tuple[int, int], archs: Sequence[str]) -> bool:
+    """Whether a torch with this list of architectures (`sm_90`, `compute_90`) runs on a GPU; an empty list says nothing.
+
+    Machine code runs on GPUs of its own generation that are as new or newer; `compute_` is compiled for any newer one.
+    """
+    for arch in archs:
+        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", arch)
+        if match is None:
+            return True  # not of NVIDIA's, such as gfx942
+        major, minor = int(match.group(2)), int(match.group(3))
+        newer = (major, minor) <= capability
+        if newer and (match.group(1) == "compute" or major == capability[0]):
+            return True
+    return not archs
 
 
 def allows(capability: tuple[int, int]) -> str:
@@ -173,33 +220,53 @@ def allows(capability: tuple[int, int]) -> str:
     return ", ".join(found)
 
 
-def attention_backends(device: str) -> dict[str, bool]:
-    """Which backends of PyTorch's attention run here, each tried forward and backward on a small tensor."""
-    found = {}
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+def attention_backends(device: str, dtype: torch.dtype) -> dict[str, float | None]:
+    """Which backends of PyTorch's attention run here, forward and backward: milliseconds, or None for one that does not.
+
+    On a GPU: a causal row of 2,048 tokens, 16 heads of 64; else a small one.
+    """
+    tokens = 2048 if device == "cuda" else 64
+    found: dict[str, float | None] = {}
     for backend in (
         SDPBackend.FLASH_ATTENTION,
         SDPBackend.CUDNN_ATTENTION,
         SDPBackend.EFFICIENT_ATTENTION,
         SDPBackend.MATH,
     ):
-        q = torch.zeros(1, 2, 64, 64, device=device, dtype=dtype, requires_grad=True)
-        try:
-            with sdpa_kernel(backend):
-                F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
-            found[backend.name.removesuffix("_ATTENTION").lower()] = True
-        except RuntimeError:
-            found[backend.name.removesuffix("_ATTENTION").lower()] = False
+        name = backend.name.removesuffix("_ATTENTION").lower()
+        # A backend that cannot says so by warnings before the error.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                q = torch.zeros(1, 16, tokens, 64, device=device, dtype=dtype, requires_grad=True)
+                found[name] = min(_pass(q, backend) for _ in range(3))
+            except RuntimeError:
+                found[name] = None
     return found
 
 
+def _pass(q: torch.Tensor, backend: SDPBackend) -> float:
+    """Milliseconds of one forward and backward pass."""
+    started = time.perf_counter()
+    with sdpa_kernel(backend):
+        F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
+    if q.device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) * 1000
+
+
 def _attention(hardware: Hardware) -> Iterator[Finding]:
-    tried = attention_backends("cuda" if hardware.device == "cuda" else "cpu")
-    runs = [name for name, works in tried.items() if works]
+    gpu = hardware.device == "cuda"
+    dtype = (torch.bfloat16 if hardware.bf16 else torch.float16) if gpu else torch.float32
+    tried = attention_backends("cuda" if gpu else "cpu", dtype)
+    runs = sorted((ms, name) for name, ms in tried.items() if ms is not None)
+    listed = ", ".join(f"{name} {ms:.1f} ms" for ms, name in runs)
+    not_here = ", ".join(name for name, ms in tried.items() if ms is None)
     packages = [p for p in ("flash_attn", "flash_attn_interface", "xformers") if installed(p)]
-    more = f"; packages: {', '.join(packages)}" if packages else ""
+    more = f"; not here: {not_here}" if not_here else ""
+    more += f"; packages: {', '.join(packages)}" if packages else ""
     yield Finding(
-        "attention", "ok" if runs else "problem", f"tried and working: {', '.join(runs) or 'none'}{more}"
+        "attention", "ok" if runs else "problem", f"forward and backward: {listed or 'nothing works'}{more}"
     )
 
 
