@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import os
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from axolotl.errors import DataError
+from axolotl.errors import DataError, UserError
+from axolotl.inference import chat as chat_module
 from axolotl.inference.batch import run_batch
-from axolotl.inference.chat import Chat, Shown, run_chat, without_thinking
+from axolotl.inference.chat import Chat, run_chat
 from axolotl.inference.generate import Sampling
 from axolotl.inference.loading import Loaded
+from axolotl.inference.thinking import DIM, PLAIN, Shown, opened_by, without_thinking
 from scripted import scripted
 
 TEXT = "The old blue house"
@@ -69,7 +76,21 @@ def test_mistakes_in_commands_change_nothing(
         "/set temperature hot",
         "/retry",
         "/save",
-        "/save /no/where/x",
+        "/save x.jsonl",
+        "/undo",
+        "/undo 2",
+        "/retry please",
+        "/clear all",
+        "/help me",
+        "/quit now",
+        "/set temperature",
+        "/set temperature -1",
+        "/set temperature nan",
+        "/set top_p 1.5",
+        "/set top_k 0",
+        "/set max_new_tokens none",
+        "/set seed -1",
+        "/set do_sample maybe",
     ):
         talk.handle(line)
     told = capsys.readouterr().err
@@ -79,12 +100,29 @@ def test_mistakes_in_commands_change_nothing(
         "`hot`",
         "no message to answer",
         "needs a file name",
-        "cannot be written",
+        "no answer to save",
+        "nothing to undo",
+        "`/undo` takes nothing",
+        "`/retry` takes nothing",
+        "`/clear` takes nothing",
+        "`/help` takes nothing",
+        "`/quit` takes nothing",
+        "`/set temperature` needs a value",
+        "`-1` is no value for `temperature`. It takes a number from 0 to 100",
+        "`nan` is no value",
+        "`1.5` is no value for `top_p`",
+        "`0` is no value for `top_k`",
+        "`none` is no value for `max_new_tokens`",
+        "`-1` is no value for `seed`",
+        "It takes true or false",
     ):
         assert words in told
     assert (talk.messages, shown, talk.sampling) == ([], [], Sampling(max_new_tokens=20))
     talk.handle("/set temperature=0.3")
     assert talk.sampling.temperature == 0.3
+    talk.handle("/set temperature none")
+    assert talk.sampling.temperature is None
+    assert not talk.over
     talk.handle("/help")
     assert "/retry" in capsys.readouterr().err
 
@@ -105,6 +143,75 @@ def test_without_a_terminal_each_line_is_a_message(
     assert roles(talk) == "ua"
     assert capsys.readouterr().out == f"{TEXT}\n"
     assert roles(run_chat(loaded, Sampling(max_new_tokens=20), io.StringIO("hi\nhi"))) == "uaua"
+
+
+def test_a_conversation_without_an_answer_is_not_saved(
+    loaded: Loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = Chat(loaded, Sampling(max_new_tokens=20), lambda _: None, system="Be terse.")
+    assert roles(talk) == "s"
+    talk.handle(f"/save {tmp_path / 'c.jsonl'}")
+    talk.handle("/undo")
+    told = capsys.readouterr().err
+    assert "no answer to save" in told and "nothing to undo" in told
+    assert not (tmp_path / "c.jsonl").exists()
+    talk.handle("hi")
+    talk.handle("/save /no/where/x")
+    talk.handle(f"/save {tmp_path}")
+    assert capsys.readouterr().err.count("cannot be written") == 2
+
+
+def test_ctrl_c_keeps_the_chat(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = Chat(loaded, Sampling(max_new_tokens=20), lambda _: None)
+
+    def stopped(*_: Any, on_text: Callable[[str], None], **__: Any) -> None:
+        on_text(said)
+        raise KeyboardInterrupt
+
+    talk.handle("hi")
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_module, "generate", stopped)
+        said = "The old"
+        talk.handle("again")
+        assert (roles(talk), talk.messages[-1]["content"]) == ("uaua", "The old")
+        said = ""
+        talk.handle("once more")
+        assert roles(talk) == "uaua"
+        talk.handle("/retry")
+        assert talk.messages[-1]["content"] == "The old"
+    talk.handle("/retry")
+    assert talk.messages[-1]["content"] == TEXT
+    assert "kept as far as it came" in capsys.readouterr().err
+
+
+@given(st.data())
+def test_tags_may_come_in_any_pieces(data: st.DataObject) -> None:
+    text = "".join(
+        data.draw(st.lists(st.sampled_from(["<think>", "</think>", "<", "th", "</", "a", "ink>", " ", "\n"])))
+    )
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)))))
+    whole: list[str] = []
+    for pieces, written in ((([text]), whole), ([text[a:b] for a, b in pairwise([0, *cuts, len(text)])], [])):
+        shown = Shown(written.append, dim=True)
+        for piece in pieces:
+            shown(piece)
+        shown.end()
+        assert shown.text == text
+        assert "".join(written) == "".join(whole)
+        assert "".join(written).replace(DIM, "").replace(PLAIN, "") == text
+
+
+def test_thinking_that_the_prompt_has_opened() -> None:
+    pieces: list[str] = []
+    assert opened_by("<|assistant|><think>\n")
+    assert not opened_by("<think>hm</think>")
+    shown = Shown(pieces.append, dim=True, thinking=True)
+    for piece in ("hm", "</th", "ink>Yes"):
+        shown(piece)
+    assert "".join(pieces) == f"{DIM}hm</think>{PLAIN}Yes"
+    assert without_thinking("hm</think>\n\nYes") == "Yes"
 
 
 def test_thinking_is_dimmed_and_left_out_of_later_turns() -> None:
@@ -176,13 +283,19 @@ def test_rows_in_the_form_of_the_training_data(loaded: Loaded, tmp_path: Path) -
 def test_all_wrong_rows_are_told_before_the_first_answer(loaded: Loaded, tmp_path: Path) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text('{"prompt": "hi"}\n{"prompt"\n[1]\n')
+    with source.open("ab") as file:
+        file.write(b'{"colour": 1}\n\xff\n{"prompt": "' + b"x " * 9000 + b'"}\n')
     with pytest.raises(DataError) as told:
         run_batch(loaded, source, tmp_path / "out.jsonl", Sampling())
-    assert [p.message.split(" is ")[0] for p in told.value.problems] == [
-        f"`{source}`, line {n}" for n in (2, 3)
-    ]
-    source.write_text('{"prompt": "hi"}\n{"colour": 1}\n')
-    with pytest.raises(DataError, match="line 2: A row with `colour`"):
+    assert [str(p.places[0]) for p in told.value.problems] == [f"{source}:{n}" for n in (2, 3, 5, 4)]
+    for words in ("column 10", "a list", "not UTF-8", "A row with `colour`"):
+        assert any(words in p.message for p in told.value.problems)
+    assert all(p.remedy for p in told.value.problems)
+    source.write_text('"hi"\n' + json.dumps({"prompt": "x " * 9000}) + "\n")
+    with pytest.raises(DataError, match=r":2: .*context holds") as told:
+        run_batch(loaded, source, tmp_path / "out.jsonl", Sampling())
+    source.write_text("[1]\n" * 70)
+    with pytest.raises(DataError, match="and 20 more rows") as told:
         run_batch(loaded, source, tmp_path / "out.jsonl", Sampling())
     assert not (tmp_path / "out.jsonl").exists()
     for other, words in (
@@ -194,12 +307,46 @@ def test_all_wrong_rows_are_told_before_the_first_answer(loaded: Loaded, tmp_pat
             run_batch(loaded, other, tmp_path / "out.jsonl", Sampling())
 
 
+def test_separators_inside_texts_and_columns_of_the_same_names(loaded: Loaded, tmp_path: Path) -> None:
+    source, target = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    row = {"prompt": "hi\u2028there\x85", "answer": "gold", "row": "x"}
+    source.write_text("\ufeff" + (json.dumps(row, ensure_ascii=False) + "\r\n") * 2, encoding="utf-8")
+    run_batch(loaded, source, target, Sampling(max_new_tokens=20))
+    found = [json.loads(line) for line in target.read_bytes().split(b"\n")[:-1]]
+    assert [(r["answer_in_row"], r["row_in_row"], r["row"]) for r in found] == [
+        ("gold", "x", 1),
+        ("gold", "x", 2),
+    ]
+    os.truncate(target, target.stat().st_size - 5)
+    assert run_batch(loaded, source, target, Sampling(max_new_tokens=20)) == 1
+    assert [json.loads(line) for line in target.read_bytes().split(b"\n")[:-1]] == found
+
+
+def test_a_system_message_for_rows_that_have_none(loaded: Loaded, tmp_path: Path) -> None:
+    source, target = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    ask = loaded.prompter
+    user = {"role": "user", "content": "hi"}
+    own = {"role": "system", "content": "Mine."}
+    assert ask.row({"prompt": "hi"}, "S") == ask.row({"messages": [user]}, "S") == ask.ask("hi", "S")
+    assert ask.row({"messages": [own, user]}, "S") == ask.row({"messages": [own, user]}) != ask.ask("hi", "S")
+    assert ask.takes_system()
+    source.write_text('"hi"\n')
+    run_batch(loaded, source, target, Sampling(max_new_tokens=20), system="S")
+    with pytest.raises(DataError, match="something else: system message"):
+        run_batch(loaded, source, target, Sampling(max_new_tokens=20))
+
+
 def test_files_of_others_are_left_alone(loaded: Loaded, tmp_path: Path) -> None:
     source = rows_file(tmp_path)
     before = source.read_text()
     with pytest.raises(DataError, match="is the file with the questions"):
         run_batch(loaded, source, source, Sampling())
-    (tmp_path / "notes.jsonl").write_text('{"mine": 1}\n')
-    with pytest.raises(DataError, match="was not written by this command"):
-        run_batch(loaded, source, tmp_path / "notes.jsonl", Sampling())
+    for mine in ('{"mine": 1}\n', "one line\nand half a", "no line at all"):
+        (tmp_path / "notes.jsonl").write_text(mine)
+        with pytest.raises(DataError, match="was not written by this command"):
+            run_batch(loaded, source, tmp_path / "notes.jsonl", Sampling())
+        assert (tmp_path / "notes.jsonl").read_text() == mine
+    for wrong in (tmp_path, tmp_path / "notes.jsonl" / "out.jsonl"):
+        with pytest.raises(UserError, match=r"is a folder|cannot be written"):
+            run_batch(loaded, source, wrong, Sampling())
     assert source.read_text() == before

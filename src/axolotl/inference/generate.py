@@ -17,10 +17,36 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from axolotl.config.keys import did_you_mean, nearest
 from axolotl.errors import ConfigError, DataError
 
 Finish = Literal["stop", "length", "cancelled"]
 _HALF_CHARACTER = "\ufffd"
+
+
+def _number(
+    kind: Callable[[str], float], low: float, high: float, above: bool = False
+) -> Callable[[str], float | None]:
+    """A reader of numbers from `low` (or above it) to `high`; None for others. NaN is in no range."""
+
+    def read(text: str) -> float | None:
+        value = kind(text)
+        return value if (low < value if above else low <= value) and value <= high else None
+
+    return read
+
+
+# What each value takes, in words, and its reader.
+_VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "max_new_tokens": ("a whole number above 0", _number(int, 1, 2**31)),
+    "temperature": ("a number from 0 to 100", _number(float, 0, 100)),
+    "top_p": ("a number above 0, at most 1", _number(float, 0, 1, above=True)),
+    "top_k": ("a whole number above 0", _number(int, 1, 2**31)),
+    "min_p": ("a number from 0 to 1", _number(float, 0, 1)),
+    "repetition_penalty": ("a number above 0, at most 100", _number(float, 0, 100, above=True)),
+    "do_sample": ("true or false", {"true": True, "false": False}.__getitem__),
+    "seed": ("a whole number from 0", _number(int, 0, 2**32 - 1)),
+}
 
 
 @dataclass(frozen=True)
@@ -38,21 +64,20 @@ class Sampling:
 
     def changed(self, name: str, text: str) -> Sampling:
         """A copy with one value read from text. Raises ConfigError for an unknown name or an unreadable value."""
-        kinds: dict[str, Callable[[str], Any]] = {
-            "max_new_tokens": int,
-            "top_k": int,
-            "seed": int,
-            "do_sample": lambda t: {"true": True, "false": False}[t],
-        }
         known = [f.name for f in fields(self)]
         if name not in known:
-            raise ConfigError(f"`{name}` is no sampling value.", f"Known: {', '.join(known)}.")
+            near = did_you_mean(nearest(name, known))
+            raise ConfigError(f"`{name}` is no sampling value.", near or f"Known: {', '.join(known)}.")
+        word = text.strip().lower()
+        if word in ("none", "default") and name != "max_new_tokens":
+            return Sampling(**{**vars(self), name: None})
+        takes, read = _VALUES[name]
         try:
-            value = kinds.get(name, float)(text.strip().lower())
+            value = read(word)
         except (ValueError, KeyError):
-            raise ConfigError(
-                f"`{text}` is no value for `{name}`.", "Give a number, or true or false."
-            ) from None
+            value = None
+        if value is None:
+            raise ConfigError(f"`{text.strip()}` is no value for `{name}`.", f"It takes {takes}.")
         return Sampling(**{**vars(self), name: value})
 
     def config(self, own: GenerationConfig | None) -> GenerationConfig:

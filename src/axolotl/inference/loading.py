@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,11 +103,13 @@ def load_trained(
     attn_implementation: str | None = None,
     require_training: bool = False,
     untrained: bool = False,
+    before_weights: Callable[[Prompter], None] | None = None,
 ) -> Loaded:
     """The trained model of a config, ready to answer.
 
     `require_training`: without trained weights this is an error, and so is an adapter that was never trained.
-    `untrained`: the base model is meant, whatever was trained. Raises ModelError for whatever cannot be found or does
+    `untrained`: the base model is meant, whatever was trained. `before_weights` is called once prompts can be laid out,
+    before any weights are loaded. Raises ModelError for whatever cannot be found or does
     not fit together.
     """
     if problems := check(model):
@@ -131,6 +134,8 @@ def load_trained(
         warn(text)
     tokenizer = load_tokenizer(model, trained.adapter or trained.model)
     prompter = Prompter(tokenizer, data)
+    if before_weights is not None:
+        before_weights(prompter)
     base = load_model(
         model,
         adapter,

@@ -116,10 +116,17 @@ class Prompter:
         ]
         return self._chat_ids(Conversation(turns, tools))
 
-    def row(self, row: dict[str, Any]) -> list[int]:
+    def takes_system(self) -> bool:
+        """Whether a system message has a place in these prompts."""
+        if self.kind != "instruction":
+            return self.kind == "chat"
+        marked = self.tokenizer.decode(self.ask("Aq1", "Sy1"))
+        return "Sy1" in str(marked)
+
+    def row(self, row: dict[str, Any], system: str | None = None) -> list[int]:
         """Ids for a row of a file: `messages`, a row as the training data has it (its answer is left out), or `prompt`.
 
-        Raises DataError for a row that none of these fits.
+        `system` stands before the question of a row that has no system message of its own. Raises DataError for a row that none of these fits.
         """
         field = self.entry.field_messages or "messages"
         if self.kind == "chat" and self.format is not None and isinstance(row.get(field), (list, str)):
@@ -128,15 +135,23 @@ class Prompter:
             except RowProblem as problem:
                 raise DataError(f"{problem}.", problem.remedy) from None
             if isinstance(value, Conversation):
-                return self._chat_ids(_without_answer(value))
+                asked = _without_answer(value)
+                if system and all(m.role != "system" for m in asked.messages):
+                    opened = [Message("system", system, {}), *asked.messages]
+                    asked = Conversation(opened, asked.tools, asked.variables)
+                return self._chat_ids(asked)
         if isinstance(row.get("messages"), list):
-            return self.chat(_list_without_answer(row["messages"]))
+            messages = _list_without_answer(row["messages"])
+            if system and all(m.get("role") != "system" for m in messages):
+                messages = [{"role": "system", "content": system}, *messages]
+            return self.chat(messages)
         if self.kind == "instruction" and row.get(str(self.question_field)) is not None:
             assert self.format is not None
-            return self._before(self._convert(row, self.format.required_fields))
+            opening = {"system": system, "system_prompt": system} if system else {}
+            return self._before(self._convert({**opening, **row}, self.format.required_fields))
         for key in dict.fromkeys((self.question_field, "prompt", *_QUESTION)):
             if key and isinstance(row.get(key), str):
-                return self.ask(row[key], row.get("system") if isinstance(row.get("system"), str) else None)
+                return self.ask(row[key], row["system"] if isinstance(row.get("system"), str) else system)
         raise DataError(
             f"A row with {', '.join(f'`{k}`' for k in row) or 'no columns'} holds no question.",
             "Give each row `prompt`, `messages`, or the columns of the training data.",

@@ -8,10 +8,10 @@ import threading
 from collections.abc import Generator, Iterator
 from typing import Any
 
-from axolotl.inference.chat import without_thinking
 from axolotl.inference.generate import Answer, Sampling, generate
 from axolotl.inference.once import speed_of
 from axolotl.inference.sides import Sides
+from axolotl.inference.thinking import without_thinking
 
 Turn = dict[str, Any]
 """`question`, and `answers`: the text of each side that was asked."""

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl.console import note, warn
 from axolotl.errors import EnvironmentProblem, Problem, UserError
-from axolotl.inference.chat import THINKING
 from axolotl.inference.generate import Sampling
 from axolotl.inference.sides import Sides
 from axolotl.inference.talks import Talks, Turn, shown_for
+from axolotl.inference.thinking import THINKING
 from axolotl.registry import require_extra
 
 if TYPE_CHECKING:

@@ -8,11 +8,12 @@ from typing import Any
 from axolotl.config import Config
 from axolotl.distributed.world import detect_hardware
 from axolotl.errors import ConfigError
-from axolotl.inference.batch import run_batch
+from axolotl.inference.batch import check_rows, run_batch
 from axolotl.inference.chat import run_chat
 from axolotl.inference.generate import Sampling
 from axolotl.inference.loading import Loaded, load_trained
 from axolotl.inference.once import answer_once, read_question
+from axolotl.inference.prompting import Prompter
 from axolotl.inference.sides import Sides
 from axolotl.inference.ui import check_place, serve_page
 from axolotl.registry import require_extra
@@ -69,14 +70,23 @@ def inference(
     def load(**options: Any) -> Loaded:
         return load_trained(cfg.model, cfg.adapter, cfg.data, hardware, cfg.output.output_dir, **options)
 
-    loaded = load()
+    def look(prompter: Prompter) -> None:
+        if system and not prompter.takes_system():
+            raise ConfigError(
+                "`--system`: prompts that are laid out as the training data was have no place for a system message.",
+                "Leave it out, or write it into the question.",
+            )
+        if input_file and output_file:
+            check_rows(input_file, output_file, prompter, system)
+
+    loaded = load(before_weights=look)
     if gradio:
         tuned = loaded.trained.adapter or loaded.trained.model
         sides = Sides(loaded, (lambda: load(untrained=True)) if tuned else None)
         serve_page(sides, cfg.output, chosen, system=system or "")
     elif input_file and output_file:
-        run_batch(loaded, input_file, output_file, chosen)
+        run_batch(loaded, input_file, output_file, chosen, system=system)
     elif question is None:
-        run_chat(loaded, chosen)
+        run_chat(loaded, chosen, system=system)
     else:
         answer_once(loaded, question, chosen, system=system)
