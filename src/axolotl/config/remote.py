@@ -68,7 +68,7 @@ def _from_hub(address: str) -> bytes:
         )
     repo, _, revision = parts[1].partition("@")
     hub = require_extra("huggingface_hub", "hub", "Reading a config from the Hub")
-    unreached = None if hub.constants.HF_HUB_OFFLINE else _unreached(hub.constants.ENDPOINT)
+    unreached = None if hub.constants.HF_HUB_OFFLINE else unreached_host(hub.constants.ENDPOINT)
     if unreached:
         raise unreadable(address, f"the Hub cannot be reached: {unreached}", "Check the network.")
     try:
@@ -79,9 +79,12 @@ def _from_hub(address: str) -> bytes:
     return from_disk(Path(path), address)
 
 
-def _unreached(endpoint: str) -> str:
-    """Why a host cannot be found; empty where it can, or a proxy looks for it. The Hub's library would try for 20 s."""
-    if urllib.request.getproxies():
+def unreached_host(endpoint: str) -> str:
+    """Why the host of an address cannot be found; empty where it can, or a proxy looks for it.
+
+    Asked beforehand, because the Hub's library tries again and again for half a minute before it gives up.
+    """
+    if {"https", "http", "all"} & set(urllib.request.getproxies()):
         return ""
     host = urllib.parse.urlsplit(endpoint)
     try:

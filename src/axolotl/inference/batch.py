@@ -34,6 +34,14 @@ def check_rows(source: Path, target: Path, prompter: Prompter, system: str | Non
     rows, problems = _read_rows(source)
     problems += _lay_out(source, rows, prompter, system)[1]
     _refuse(problems)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"`--output {target}` cannot be written: {error.strerror or error}.", "Choose another file."
+        ) from error
 
 
 def run_batch(

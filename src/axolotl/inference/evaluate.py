@@ -60,8 +60,8 @@ class MatchReport:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(["match", "prompt", "expected", "answer"])
-            writer.writerows([s.match, s.prompt, s.expected, s.answer] for s in self.samples)
+            writer.writerow(["prompt", "expected", "answer", "match"])
+            writer.writerows([s.prompt, s.expected, s.answer, s.match] for s in self.samples)
 
 
 def evaluate_loss(

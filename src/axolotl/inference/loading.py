@@ -24,6 +24,7 @@ from axolotl.model.files import (
     local_folder,
     read_json,
 )
+from axolotl.model.hub import check_hub
 from axolotl.model.load import check, load_model, stop_ids
 from axolotl.model.tokenizer import load_tokenizer
 
@@ -117,6 +118,8 @@ def load_trained(
     trained = Trained(alone=True) if untrained else find_trained(model, adapter, output_dir)
     if trained == Trained():
         _say_untrained(model, adapter, output_dir, require_training)
+    if trained.model is None and (problems := check_hub(model.base_model)):
+        raise ModelError(problems)
     if trained.model is not None:
         model = model.model_copy(
             update={

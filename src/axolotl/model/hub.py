@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from urllib.parse import urlsplit
-
 import huggingface_hub
 
+from axolotl.config.remote import unreached_host
 from axolotl.errors import Place, Problem
 from axolotl.model.files import could_be_hub_id, local_folder
 
 
 def check_hub(name: str, key: str = "base_model", place: Place | None = None) -> list[Problem]:
-    """Whether a model on the Hub can be had: from the local cache, or over a network that is there.
-
-    Without this question the Hub library asks again and again for half a minute before it gives up.
-    """
+    """Whether a model on the Hub can be had: from the local cache, or over a network that is there."""
     if local_folder(name) is not None or not could_be_hub_id(name):
         return []
     if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
@@ -59,14 +53,4 @@ def check_upload(name: str | None, *, resuming: bool = False) -> list[Problem]:
 
 
 def _reachable() -> bool:
-    """Whether the Hub's name can be resolved, or a proxy will do that."""
-    if any(
-        os.environ.get(v) or os.environ.get(v.lower()) for v in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
-    ):
-        return True
-    endpoint = urlsplit(huggingface_hub.constants.ENDPOINT)
-    try:
-        socket.getaddrinfo(endpoint.hostname, endpoint.port or 443)
-    except OSError:
-        return False
-    return True
+    return not unreached_host(huggingface_hub.constants.ENDPOINT)

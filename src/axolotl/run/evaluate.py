@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,27 @@ def evaluate(
     if answers:
         match = exact_match(loaded.model, loaded.tokenizer, rows, loaded.stops, max_rows=max_rows)
         figures |= {"exact_match": round(match.share, 6), "matches": match.matches, "asked": match.rows}
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with (output_dir / "evaluation.csv").open("w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["prompt", "expected", "answer", "match"])
-            table.writerows([s.prompt, s.expected, s.answer, s.match] for s in match.samples)
+        match.write_csv(output_dir / "evaluation.csv")
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    for line in table(figures):
+        console.note(line)
     console.out(json.dumps(figures))
     return figures
+
+
+def table(figures: Mapping[str, Any]) -> list[str]:
+    """The figures for people, one on a line."""
+    shown = {
+        "loss": f"{figures['loss']:.4f}",
+        "perplexity": f"{figures['perplexity']:.4f}",
+        "rows": f"{figures['rows']:,}",
+        "trained tokens": f"{figures['tokens']:,}",
+    }
+    if "exact_match" in figures:
+        counts = f"{figures['matches']:,} of {figures['asked']:,}"
+        shown["exact match"] = (
+            f"{100 * figures['exact_match']:.1f} % ({counts}; every answer: evaluation.csv)"
+        )
+    width = max(map(len, shown))
+    return [f"{name:<{width}}  {value}" for name, value in shown.items()]
