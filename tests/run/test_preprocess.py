@@ -70,3 +70,16 @@ def test_test_sets_of_a_stream_are_prepared_beside_its_sample(tmp_path: Path) ->
     prepared = verb.preprocess(cfg, debug=True)
     assert prepared is not None and [p.name for p in prepared.tests] == ["test_0"]
     assert (tmp_path / "prepared" / "stream-sample" / "train").is_dir()
+
+
+def test_rows_of_random_tokens(tmp_path: Path) -> None:
+    entry = {
+        "path": "synthetic",
+        "type": "_synthetic",
+        "length": 20,
+        "sequence_length": 32,
+        "max_input_id": 4000,
+    }
+    prepared = verb.preprocess(config(tmp_path, datasets=[entry]))
+    assert prepared is not None
+    assert [len(row["input_ids"]) for row in prepared.train_dataset()] == [32] * 20

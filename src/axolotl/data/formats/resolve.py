@@ -101,7 +101,8 @@ def check_type(entry: DatasetEntry, place: Place | None = None) -> Problem | Non
     if ":" not in kind and (_stands_here(family) or ("." in kind and _installed(family))):
         return None
     near = difflib.get_close_matches(name, formats.names(), n=1, cutoff=0.6)
-    known = [n for n in formats.names() if "." not in n and "unavailable" not in formats.describe(n).facts]
+    plain = [n for n in formats.names() if "." not in n and not n.startswith("_")]
+    known = [n for n in plain if "unavailable" not in formats.describe(n).facts]
     remedy = (f"Did you mean `{near[0]}`? " if near else "") + f"Known: {', '.join(known)}."
     if "." in kind:
         remedy = f"There is no Python module `{family}` either. {remedy}"

@@ -24,7 +24,7 @@ def _numbers(row: Row, field: str) -> list[int]:
     return value
 
 
-@formats.register("tokenized", requires=["input_ids", "labels"], optional=["attention_mask"])
+@formats.register("tokenized", "_synthetic", requires=["input_ids", "labels"], optional=["attention_mask"])
 def tokenized(entry: DatasetEntry, data: DataSection) -> Convert:
     def convert(row: Row) -> Tokenized:
         ids, labels = _numbers(row, "input_ids"), _numbers(row, "labels")
