@@ -71,10 +71,44 @@ def plan(ctx: click.Context, args: tuple[str, ...], **options: Any) -> None:
 
 @click.command(context_settings=PASS_ON)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option(
+    "--distributed", is_flag=True, help="Several processes: environment, shared memory, speed of each link."
+)
+@click.option(
+    "--num-processes",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="With --distributed: one per GPU by default.",
+)
+@click.option(
+    "--timeout",
+    type=click.IntRange(min=5),
+    metavar="S",
+    default=60,
+    help="With --distributed: seconds at most.",
+)
 @takes_config
 @click.pass_context
-def doctor(ctx: click.Context, args: tuple[str, ...], as_json: bool) -> None:
+def doctor(
+    ctx: click.Context,
+    args: tuple[str, ...],
+    as_json: bool,
+    distributed: bool,
+    num_processes: int | None,
+    timeout: int,
+) -> None:
     """Look at this machine; with a config also at its rows, masks, and where generation will stop."""
+    if distributed:
+        if args:
+            raise click.UsageError("`--distributed` looks at machines and links, and takes no config.")
+        from axolotl.distributed.group import leave_group
+        from axolotl.run.doctor_distributed import doctor_distributed
+
+        code = doctor_distributed(num_processes, seconds=timeout, as_json=as_json)
+        leave_group(code)
+        ctx.exit(code)
+    if num_processes or ctx.get_parameter_source("timeout") is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError("`--num-processes` and `--timeout` go with `--distributed`.")
     cfg = load(args, "doctor") if args else None
     from axolotl.run import doctor as verb
 
