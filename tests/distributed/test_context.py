@@ -64,6 +64,18 @@ def test_runs_have_the_losses_of_one_process(tmp_path: Path, tiny_llama3: Path, 
         assert "loss" not in line or seen[line["step"]] == (line["tokens"], line["trained_tokens"])
 
 
+def test_rows_are_shared_where_weights_are_too(tmp_path: Path, tiny_llama3: Path) -> None:
+    runs = Runs(tmp_path, tiny_llama3, max_steps=3)
+    runs.run("one")
+    runs.run(
+        "two",
+        *("--num-processes", "2", "--context-parallel-size", "2"),
+        *("--fsdp-version", "2", "--fsdp-config.reshard-after-forward", "true"),
+    )
+    assert furthest(runs.losses("one"), runs.losses("two")) < 2e-5
+    assert furthest(runs.weights("one"), runs.weights("two")) < 1e-4
+
+
 def test_a_shared_run_goes_on_without_sharing(tmp_path: Path, tiny_llama3: Path) -> None:
     runs = Runs(tmp_path, tiny_llama3)
     runs.run("two", "--num-processes", "2", "--context-parallel-size", "2")

@@ -82,7 +82,7 @@ class DistributedSection(Section):
     """Devices over which the model is sharded; left out or -1: all that the other axes leave."""
     dp_replicate_size: PositiveInt | None = None
     """Copies of the sharded model."""
-    tensor_parallel_size: PositiveInt | None = validated("parallel axes")
+    tensor_parallel_size: PositiveInt | None = validated("tensor parallelism")
     """Devices that share each matrix product."""
     context_parallel_size: PositiveInt | None = None
     """Devices that share each row; the attention heads of the model have to be divisible by it."""
