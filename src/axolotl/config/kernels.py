@@ -64,7 +64,7 @@ class KernelsSection(Section):
     tiled_mlp: bool | None = None
     """Compute feed-forward layers in tiles of tokens: long contexts in less memory; unset: where it costs nothing."""
     tiled_mlp_num_shards: PositiveInt | None = None
-    """Number of these tiles; by default as many as have 4,096 tokens each."""
+    """Number of these tiles; by default as many as have 4,096 tokens each, or 1,024 beside activation_offloading."""
     tiled_mlp_use_original_mlp: bool = True
     """Send the tiles through the model's own feed-forward code, or through its kernel; else through the plain formula."""
     dsv4_fp4_grouped_mode: Text | None = later(MOE)

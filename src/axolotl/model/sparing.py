@@ -15,7 +15,7 @@ from axolotl.model.compiled import compile_layers
 from axolotl.model.park import Park
 from axolotl.model.recompute import Recompute, Recomputing, apply_recompute, recompute_of
 from axolotl.model.replace import Replacements
-from axolotl.model.tiles import tile_feed_forward
+from axolotl.model.tiles import SMALL_TILE, TILE, tile_feed_forward
 
 FOLDER = ".activations"
 """Where `activation_offloading: disk` writes, inside output_dir."""
@@ -44,7 +44,12 @@ def spare_memory(
     fused_alone = asked is None and how is not None and how.own and how.layers is None
     if asked or fused_alone:
         count = tile_feed_forward(
-            model, made, tiles, original=kernels.tiled_mlp_use_original_mlp, replaced_only=fused_alone
+            model,
+            made,
+            tiles,
+            original=kernels.tiled_mlp_use_original_mlp,
+            replaced_only=fused_alone,
+            tokens=SMALL_TILE if how is not None and how.place else TILE,
         )
         if asked and not count:
             note(f"`tiled_mlp`: {type(model).__name__} has no feed-forward layers that can be tiled.")

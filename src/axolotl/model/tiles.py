@@ -21,6 +21,8 @@ from axolotl.model.shapes import mlp_of
 
 TILE = 4096
 """Tokens of a tile where no number of tiles is asked for: enough for the products to be as fast as whole ones."""
+SMALL_TILE = 1024
+"""The same where layer inputs wait elsewhere: a tile is then a large part of what is on the device."""
 NAMES = ("mlp", "feed_forward", "ffn")
 
 
@@ -31,8 +33,9 @@ def tile_feed_forward(
     *,
     original: bool = True,
     replaced_only: bool = False,
+    tokens: int = TILE,
 ) -> int:
-    """Gives each feed-forward layer a forward that works in `tiles` pieces, by default of TILE tokens.
+    """Gives each feed-forward layer a forward that works in `tiles` pieces, by default of `tokens` tokens.
 
     `original`: the pieces go through the layer's present code; else through the formula of a gated layer.
     `replaced_only`: only layers that have a kernel. Returns how many layers were tiled; those that route tokens cannot be.
@@ -45,7 +48,7 @@ def tile_feed_forward(
             continue
         inner = module.forward if original else _formula(module)
         if inner is not None:
-            made.forward(module, tiled_forward(module, inner, tiles), "tiled feed-forward layer")
+            made.forward(module, tiled_forward(module, inner, tiles, tokens), "tiled feed-forward layer")
             count += 1
     return count
 
@@ -73,14 +76,14 @@ def _formula(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None
 
 
 def tiled_forward(
-    module: nn.Module, inner: Callable[..., torch.Tensor], tiles: int | None
+    module: nn.Module, inner: Callable[..., torch.Tensor], tiles: int | None, most: int = TILE
 ) -> Callable[..., torch.Tensor]:
     """A forward for `module` that sends tiles of its input [...,H] through `inner`."""
     random = draws(module)
 
     def forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
-        length = -(-tokens // tiles) if tiles else TILE
+        length = -(-tokens // tiles) if tiles else most
         trained = [p for p in self.parameters() if p.requires_grad]
         if (
             args
