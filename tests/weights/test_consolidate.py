@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl.config.model import ModelSection
+from axolotl.distributed.states import save_weights
 from axolotl.errors import CheckpointError, EnvironmentProblem, ModelError
 from axolotl.weights.consolidate import SHARDED, consolidate, find_sharded
 
@@ -182,3 +183,33 @@ def test_what_is_damaged_or_another_models_is_told_and_nothing_is_left(
         "axolotl.weights.folder.shutil.disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1)
     )  # type: ignore[attr-defined]
     told(EnvironmentProblem, "The whole model needs")
+
+
+@pytest.mark.parametrize("base", [LLAMA, CHATML], ids=["untied", "tied"])
+def test_what_our_own_training_writes(base: str, tmp_path: Path) -> None:
+    """Names as the trained model has them, each tensor once, without a wrapper around all."""
+    model = moved(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    folder = tmp_path / "out" / "checkpoint-4" / SHARDED
+    save_weights(model, folder, trained_only=False)
+    consolidate(
+        section(base),
+        find_sharded(tmp_path / "out"),
+        tmp_path / "merged",
+        AutoTokenizer.from_pretrained(base),
+    )
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    assert [k for k, v in model.state_dict().items() if not torch.equal(ours[k], v)] == []
+
+
+def test_an_adapter_that_our_own_training_writes(tmp_path: Path) -> None:
+    settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(LLAMA), settings)
+    model.save_pretrained(tmp_path / "expected")
+    folder = tmp_path / "out" / "checkpoint-4" / SHARDED
+    save_weights(model, folder, trained_only=True)
+    shutil.copy2(tmp_path / "expected" / "adapter_config.json", folder.parent)
+    report = consolidate(section(LLAMA), folder, tmp_path / "merged", AutoTokenizer.from_pretrained(LLAMA))
+    assert report.kind == "adapter"
+    expected, found = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("expected", "merged"))
+    assert set(expected) == set(found)
+    assert all(torch.equal(found[k], v) for k, v in expected.items())
