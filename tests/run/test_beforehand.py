@@ -208,3 +208,21 @@ dataset_prepared_path: /proc/prepared"""
     keys = [key for problem in caught.value.problems for key in problem.keys]
     assert {"dataset_prepared_path", "tokenizer_config", "chat_template_jinja"} <= set(keys)
     assert any("`nope.jsonl`" in problem.message for problem in caught.value.problems)
+
+
+@pytest.mark.parametrize("scheme", ["gptq", "awq"])
+def test_a_base_that_this_machine_cannot_read_is_told_with_its_line(config, tmp_path, scheme) -> None:
+    (tmp_path / "base").mkdir()
+    for file in Path(MODEL).iterdir():
+        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    said = tmp_path / "base" / "config.json"
+    held = json.loads(said.read_text()) | {"quantization_config": {"quant_method": scheme, "bits": 4}}
+    said.write_text(json.dumps(held))
+    lora = "base_model: base\nadapter: lora\nlora_r: 4\nlora_alpha: 8\nlora_target_linear: true"
+    cfg = load_config([config(lora)], [], verb="train")
+    (told,) = fatal(problems_beforehand(cfg, CPU, data=False))
+    assert told.message == f"`base_model: base` holds {scheme} weights, which need a GPU."
+    assert told.places[0].line == 5
+    cfg = load_config([config("base_model: base")], [], verb="train")
+    (told,) = fatal(problems_beforehand(cfg, CPU, data=False))
+    assert "cannot be trained themselves" in told.message

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import logging
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.quantizers import AutoHfQuantizer
 
 from axolotl.console import note
 from axolotl.errors import EnvironmentProblem, ModelError, Problem
+from axolotl.model.files import local_folder, read_json
 from axolotl.registry import missing_extra, require_extra
 
 if TYPE_CHECKING:
@@ -168,17 +170,42 @@ def check_prequantized(
                 ("base_model", "adapter"),
             )
         )
+    if scheme in _GPU_ONLY and device == "cpu":
+        raise EnvironmentProblem(
+            Problem(
+                f"`base_model: {name}` holds {scheme} weights, which need a GPU.",
+                "Use the full-precision model here.",
+                "environment",
+                ("base_model",),
+            )
+        )
     packages, remedy = _PACKAGES.get(scheme, ((), ""))
     if packages and not any(importlib.util.find_spec(p) for p in packages):
         raise EnvironmentProblem(
-            f"`base_model: {name}` holds {scheme} weights; reading them needs the package `{packages[0]}`.",
-            remedy,
+            Problem(
+                f"`base_model: {name}` holds {scheme} weights; reading them needs the package `{packages[0]}`.",
+                remedy,
+                "environment",
+                ("base_model",),
+            )
         )
-    if scheme in _GPU_ONLY and device == "cpu":
-        raise EnvironmentProblem(
-            f"`base_model: {name}` holds {scheme} weights, which need a GPU.",
-            "Use the full-precision model here.",
-        )
+
+
+def check_files(model: ModelSection, adapter: AdapterSection, device: str) -> list[Problem]:
+    """What keeps a base model on this machine that comes quantised from being trained on, read from its `config.json`."""
+    folder = local_folder(model.base_model_config or model.base_model)
+    if folder is None:
+        return []
+    try:
+        held = read_json(folder / "config.json").get("quantization_config")
+        config: Any = SimpleNamespace(quantization_config=held if isinstance(held, dict) else None)
+        check_prequantized(config, model.base_model, adapter, device, True, model)
+    except ModelError as error:
+        # A folder without a readable config.json is told elsewhere.
+        return [problem for problem in error.problems if problem.keys]
+    except EnvironmentProblem as error:
+        return list(error.problems)
+    return []
 
 
 def _check_said_scheme(model: ModelSection, scheme: str | None) -> None:

@@ -62,6 +62,7 @@ def _cheap(cfg: Config, hardware: Hardware, processes: int) -> Iterator[Problem]
     yield from check_heads(cfg)
     yield from tokenizer.check(cfg.model)
     yield from quantize.check(cfg.model, cfg.adapter)
+    yield from quantize.check_files(cfg.model, cfg.adapter, hardware.device)
     yield from float8.check(cfg.model, hardware)
     yield from attention.check(cfg.model, packs_rows(cfg.data), hardware)
     yield from templates.check(cfg.data)
