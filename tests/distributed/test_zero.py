@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from axolotl.config import Config, Hardware, load_config
+from axolotl.distributed.deepspeed import STALE, free_stale_locks
 from axolotl.distributed.zero import GATHER, SHIPPED, check, completed, read_zero
 from axolotl.distributed.zero_keys import KEYS
 from axolotl.errors import ConfigError, Problem
@@ -257,3 +260,16 @@ def test_the_keys_are_those_of_deepspeed() -> None:
     source = "".join(f.read_text() for f in Path(deepspeed.__file__).parent.rglob("*.py"))
     for key in KEYS[""] | set(ELSEWHERE):
         assert f'"{key}"' in source or f"'{key}'" in source, key
+
+
+def test_a_lock_of_a_compilation_that_was_killed_is_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, young = tmp_path / "py311_cpu" / "cpu_adam" / "lock", tmp_path / "py311_cpu" / "shm" / "lock"
+    for lock in (old, young):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    os.utime(old, (0, time.time() - STALE - 60))
+    free_stale_locks(tmp_path)
+    assert not old.exists() and young.exists()
+    assert "cpu_adam" in capsys.readouterr().err.replace("\n", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,19 @@ def test_resuming_is_exact(packed: Runs, stage: int) -> None:
     wanted = {k: v for k, v in packed.losses(before).items() if k[-1] in "456"}
     assert furthest(wanted, {k: v for k, v in packed.losses(after).items() if k in wanted}) == 0
     assert furthest(packed.weights(before), packed.weights(after)) == 0
+
+
+def test_a_run_that_was_broken_off_after_its_last_step_is_finished(packed: Runs) -> None:
+    name = "zero3"
+    if not (packed.folder / name / "checkpoint-6").exists():
+        packed.run(name, *TWO, "--deepspeed", "zero3.json", timeout=LONG)
+    wanted = packed.weights(name)
+    checkpoint = shutil.copytree(
+        packed.folder / name / "checkpoint-6", packed.folder / "end" / "checkpoint-6"
+    )
+    resume = ("--resume-from-checkpoint", str(checkpoint))
+    packed.run("end", *TWO, "--deepspeed", "zero3.json", *resume, timeout=LONG)
+    assert furthest(wanted, packed.weights("end")) == 0
 
 
 def test_checkpoints_that_do_not_fit_are_told(packed: Runs) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +20,13 @@ from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enab
 
 from axolotl.config.config import Config
 from axolotl.config.resolve import Hardware
+from axolotl.console import note
 from axolotl.distributed.world import world
 from axolotl.distributed.zero import completed, read_zero
 from axolotl.errors import EnvironmentProblem
 from axolotl.registry import require_extra
 
+STALE = 30 * 60.0  # seconds; no part takes as long to compile
 _held: list[Any] = []
 
 
@@ -40,6 +44,10 @@ def begin_zero(cfg: Config, hardware: Hardware) -> None:
     # accelerate counts micro batches for itself, transformers for both.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if world().local_rank == 0:
+        free_stale_locks(
+            Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
+        )
     try:
         package = require_extra("deepspeed", "deepspeed", "`deepspeed:`", "deepspeed")
     except (ImportError, RuntimeError, OSError) as error:
@@ -56,6 +64,15 @@ def begin_zero(cfg: Config, hardware: Hardware) -> None:
         package.init_distributed(auto_mpi_discovery=False, verbose=False)
         # transformers looks for it while it loads; it knows it as long as somebody holds it.
         _held[:] = [HfDeepSpeedConfig(completed(cfg, zero, hardware, world().size))]
+
+
+def free_stale_locks(folder: Path) -> None:
+    """Removes locks of compilations that were killed: DeepSpeed compiles parts of itself, and would wait for them forever."""
+    for lock in folder.glob("**/lock"):
+        with contextlib.suppress(OSError):
+            if time.time() - lock.stat().st_mtime > STALE:
+                lock.unlink()
+                note(f"`{lock}` was left by a compilation that was broken off; it is removed.")
 
 
 def divided() -> bool:
