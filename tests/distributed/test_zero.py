@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from axolotl.config import Config, Hardware, load_config
 from axolotl.distributed.deepspeed import STALE, free_stale_locks
-from axolotl.distributed.zero import GATHER, SHIPPED, check, completed, read_zero
+from axolotl.distributed.zero import GATHER, SHIPPED, check, compiling, completed, read_zero
 from axolotl.distributed.zero_keys import KEYS
 from axolotl.errors import ConfigError, Problem
 
@@ -273,3 +273,16 @@ def test_a_lock_of_a_compilation_that_was_killed_is_removed(
     free_stale_locks(tmp_path)
     assert not old.exists() and young.exists()
     assert "cpu_adam" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_compile_as_it_was_once_written_turns_torch_compile_on(load: Load) -> None:
+    for name, on in (("zero2_torch_compile", True), ("zero2", False)):
+        cfg = compiling(load((SHIPPED / f"{name}.json").read_text()))
+        assert (cfg.train.torch_compile is True) is on
+        assert cfg.train.torch_compile_backend == ("inductor" if on else None)
+        zero = read_zero(cfg)
+        assert zero is not None
+        assert not {"disable", "backend"} & completed(cfg, zero, CPU, 2).get("compile", {}).keys()
+    cfg = load((SHIPPED / "zero2_torch_compile.json").read_text(), torch_compile=False)
+    (found,) = problems(cfg)
+    assert "torch_compile: false" in found.message

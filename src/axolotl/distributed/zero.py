@@ -380,9 +380,16 @@ def _compiles(zero: ZeroConfig) -> bool:
     )
 
 
-def compile_backend(zero: ZeroConfig) -> str | None:
-    """The backend of `torch_compile` that the JSON asks for in the way it was once written; None where it does not."""
-    return str(zero.get("compile.backend", "inductor")) if _compiles(zero) else None
+def compiling(cfg: Config) -> Config:
+    """The config with `torch_compile` on, where DeepSpeed's asks for that in the way it was once written."""
+    zero = read_zero(cfg)
+    if zero is None or not _compiles(zero):
+        return cfg
+    values = {
+        "torch_compile": True,
+        "torch_compile_backend": cfg.train.torch_compile_backend or zero.get("compile.backend", "inductor"),
+    }
+    return cfg.with_values(values, dict.fromkeys(values, "`compile` of the DeepSpeed config"))
 
 
 def from_yaml(cfg: Config, hardware: Hardware, processes: int) -> dict[str, Any]:

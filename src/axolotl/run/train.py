@@ -13,6 +13,7 @@ from axolotl.distributed.failure import among_several, started_by_us
 from axolotl.distributed.fsdp import loads_in_parts
 from axolotl.distributed.group import from_main, start_group
 from axolotl.distributed.world import detect_hardware, only_repeatable_kernels, world
+from axolotl.distributed.zero import compiling
 from axolotl.errors import EnvironmentProblem, UserError
 from axolotl.model.adapter import add_adapter
 from axolotl.model.adapter_files import tell_other_base
@@ -50,7 +51,7 @@ def train(cfg: Config) -> TrainResult:
     # Who started the processes has shown the warnings and prepared the data.
     with console.silenced(started_by_us()):
         refuse(problems_beforehand(cfg, hardware, data=False))
-        cfg = ready(automatic(cfg, hardware), hardware)
+        cfg = compiling(ready(automatic(cfg, hardware), hardware))
     attention = attention_for(cfg.model, cfg.data, hardware, cfg.distributed)
     tell_attention(cfg, hardware, attention.name)
     resume = resume_point(cfg) if alone else ResumePoint(None)

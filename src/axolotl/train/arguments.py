@@ -20,7 +20,7 @@ from axolotl.config.train import TrainSection
 from axolotl.console import warn_once
 from axolotl.data.packing import Volume
 from axolotl.distributed.world import world
-from axolotl.distributed.zero import compile_backend, completed, read_zero
+from axolotl.distributed.zero import completed, read_zero
 from axolotl.errors import Problem
 from axolotl.train.cadence import Cadence, cadence
 from axolotl.train.tracking import trackers
@@ -172,8 +172,6 @@ def build_arguments(
     zero = read_zero(cfg)
     if zero is not None:
         values["deepspeed"] = completed(cfg, zero, hardware, world().size)
-        if backend := compile_backend(zero):
-            values |= {"torch_compile": True, "torch_compile_backend": backend}
     arguments = arguments_class(**{k: v for k, v in values.items() if k in known})
     if zero is not None:
         _settle_precision(arguments, values["deepspeed"])
