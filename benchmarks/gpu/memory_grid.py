@@ -138,16 +138,24 @@ def write(file: Path, result: dict[str, Any]) -> None:
 
 
 def errors(points: list[dict[str, Any]]) -> dict[str, Any]:
-    """The plan against the measured runs: worst and middle errors, of the runs that may be fitted and of the others."""
+    """The plan against the measured runs: worst and middle errors, of the runs that may be fitted and of the others.
+
+    Runs in which LoRA's kernels took whole decoder layers stand apart.
+    """
     from plan_points import compare  # the plan's imports are for this alone
 
     measured = [p for p in points if p.get("peak_gib")]
     rows = compare(measured)
     found: dict[str, Any] = {"runs": len(rows)}
     for name, held in (("fitted", False), ("held_out", True)):
-        mine = [r for r, p in zip(rows, measured, strict=True) if p["held_out"] is held]
-        if mine:
-            found[name] = summary(mine)
+        for lora in (False, True):
+            mine = [
+                r
+                for r, p in zip(rows, measured, strict=True)
+                if p["held_out"] is held and lora is ("LoRA decoder layer" in p.get("kernels", {}))
+            ]
+            if mine:
+                found[name + " with LoRA's kernels" * lora] = summary(mine)
     found["limits"] = {"memory_error": 0.05, "memory_shortfall": 0.02, "time_error": 0.15}
     found["rows"] = rows
     return found
