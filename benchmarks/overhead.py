@@ -16,9 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from measure import TINY, axolotl, python, quiet_environment, record, write_rows
+from measure import TINY, axolotl, python, quiet_environment, record
+from tiny_run import logged, token_rows, write_config
 from transformers import AutoModelForCausalLM
 
 STEPS, BATCH, LENGTH, STRETCH = 200, 2, 512, 10
@@ -52,8 +52,7 @@ def bare(rows_file: Path) -> list[float]:
 def through_axolotl(config: Path, out: Path) -> list[float]:
     """Seconds of each stretch of `axolotl train`, from the times that it logs."""
     subprocess.run(axolotl("train", config), check=True, capture_output=True, env=quiet_environment())
-    lines = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
-    times = [line["time"] for line in lines if line["kind"] == "train"]
+    times = [line["time"] for line in logged(out)]
     return [later - earlier for earlier, later in itertools.pairwise(times)]
 
 
@@ -70,21 +69,12 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        draw = np.random.default_rng(0)
-        rows = draw.integers(10, 4000, (STEPS * BATCH, LENGTH)).tolist()
-        data = write_rows(
-            folder / "rows.jsonl",
-            [{"input_ids": r, "attention_mask": [1] * LENGTH, "labels": r} for r in rows],
+        data, out = token_rows(folder / "rows.jsonl", STEPS * BATCH, LENGTH), folder / "out"
+        rest = (
+            f"learning_rate: {LEARNING_RATE}\noptimizer: adamw_torch_fused\nlr_scheduler: linear\nwarmup_steps: 0\n"
+            f'weight_decay: 0.0\nmax_grad_norm: 1.0\nlogging_steps: {STRETCH}\nsave_strategy: "no"\n'
         )
-        config, out = folder / "config.yml", folder / "out"
-        config.write_text(
-            f"base_model: {TINY}\ndatasets:\n  - path: {data}\n    type:\noutput_dir: {out}\n"
-            f"dataset_prepared_path: {folder}/prepared\nsequence_len: {LENGTH}\nmicro_batch_size: {BATCH}\n"
-            f"max_steps: {STEPS}\nlearning_rate: {LEARNING_RATE}\noptimizer: adamw_torch_fused\nlr_scheduler: linear\n"
-            f"warmup_steps: 0\nweight_decay: 0.0\nmax_grad_norm: 1.0\nbf16: false\ntf32: false\n"
-            f'logging_steps: {STRETCH}\nsave_strategy: "no"\n',
-            encoding="utf-8",
-        )
+        config = write_config(folder / "config.yml", data, out, LENGTH, BATCH, STEPS, rest)
         ours, theirs = [], []
         for _ in range(rounds):
             # The first stretch of each pays for warming up.

@@ -21,9 +21,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from measure import TINY, python, quiet_environment, record, write_rows
+from measure import python, quiet_environment, record
+from tiny_run import logged, token_rows, write_config
 
 STEPS, BATCH, LENGTH, SAVE_STEPS = 200, 2, 512, 50
 
@@ -112,30 +112,15 @@ def main() -> None:
     per_step: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        draw = np.random.default_rng(0)
-        rows = draw.integers(10, 4000, (STEPS * BATCH, LENGTH)).tolist()
-        data = write_rows(
-            folder / "rows.jsonl",
-            [{"input_ids": r, "attention_mask": [1] * LENGTH, "labels": r} for r in rows],
-        )
+        data = token_rows(folder / "rows.jsonl", STEPS * BATCH, LENGTH)
+        rest = f"learning_rate: 1.0e-4\nlogging_steps: 1\nsave_steps: {SAVE_STEPS}\nsave_total_limit: 1\nmax_time: 10h\n"
         for number in range(rounds):
-            out, config, results = (
-                folder / f"out-{number}",
-                folder / f"{number}.yml",
-                folder / f"{number}.json",
-            )
-            config.write_text(
-                f"base_model: {TINY}\ndatasets:\n  - path: {data}\n    type:\noutput_dir: {out}\n"
-                f"dataset_prepared_path: {folder}/prepared\nsequence_len: {LENGTH}\nmicro_batch_size: {BATCH}\n"
-                f"max_steps: {STEPS}\nlearning_rate: 1.0e-4\nbf16: false\ntf32: false\nlogging_steps: 1\n"
-                f"save_steps: {SAVE_STEPS}\nsave_total_limit: 1\nmax_time: 10h\n",
-                encoding="utf-8",
-            )
+            out, results = folder / f"out-{number}", folder / f"{number}.json"
+            config = write_config(folder / f"{number}.yml", data, out, LENGTH, BATCH, STEPS, rest)
             command = python(__file__, "--child", str(config), str(results))
             subprocess.run(command, check=True, capture_output=True, env=quiet_environment())
             seconds = json.loads(results.read_text())
-            lines = [json.loads(line) for line in (out / "run.jsonl").read_text().splitlines()]
-            steps = [line["seconds_per_step"] for line in lines if line["kind"] == "train"]
+            steps = [line["seconds_per_step"] for line in logged(out)]
             trained = sum(steps)
             apart = ("forward and backward", "fetching batches")
             watched = {k: v for k, v in seconds.items() if k not in apart and not k.startswith("a save")}
