@@ -13,7 +13,9 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 BENCHMARKS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "tests")]
@@ -65,75 +67,75 @@ def finish(bench: Bench, out: str, hits: int, found: dict[str, int]) -> None:
         print(out, code, outcome.differences, bench.said(out)[-2000:], file=sys.stderr)
 
 
-def damages(bench: Bench, draw: random.Random, count: int) -> dict[str, int]:
-    """Truncated, flipped and missing files of the newest checkpoint."""
+def trials(
+    bench: Bench, name: str, count: int, inject: Callable[[str, Path, int], None], noticed: str = ""
+) -> dict[str, int]:
+    """Fresh runs, each with a fault that `inject` gives it (name, folder, number), and then run to its end.
+
+    `noticed`: what a run has to have said by then about its fault.
+    """
     found = {"injected": 0, "survived": 0, "runs": 0, "bytes_lost": 0, "figures_lost": 0}
     for i in range(count):
-        out = f"damage-{i}"
-        folder = fresh(bench, out)
-        child = bench.start(out)
-        wait_for(lambda f=folder: steps_logged(f) >= 10, child)
-        child.send(signal.SIGKILL)
-        child.code(30)
-        damage_newest(folder, draw, ("truncated", "flipped", "missing")[i % 3])
+        out = f"{name}-{i}"
+        inject(out, fresh(bench, out), i)
         found["injected"] += 1
         finish(bench, out, 1, found)
-        if "is skipped" not in bench.said(out):
+        if noticed not in bench.said(out):
             raise SystemExit(f"{out}: nobody noticed the damage")
     return found
 
 
+def meet(bench: Bench, out: str, fault: dict[str, Any], **options: Any) -> None:
+    """Runs with a fault of the shim, which has to be met."""
+    bench.run(out, fault, **options)
+    if MARK not in bench.said(out):
+        raise SystemExit(f"{out}: the fault was not met: {fault}")
+
+
+def damages(bench: Bench, draw: random.Random, count: int) -> dict[str, int]:
+    """Truncated, flipped and missing files of the newest checkpoint."""
+
+    def inject(out: str, folder: Path, i: int) -> None:
+        child = bench.start(out)
+        wait_for(lambda: steps_logged(folder) >= 10, child)
+        child.send(signal.SIGKILL)
+        child.code(30)
+        damage_newest(folder, draw, ("truncated", "flipped", "missing")[i % 3])
+
+    return trials(bench, "damage", count, inject, noticed="is skipped")
+
+
 def refusals(bench: Bench, draw: random.Random, count: int) -> dict[str, int]:
     """Disks that refuse for a while: ENOSPC, EIO, EROFS and short writes."""
-    found = {"injected": 0, "survived": 0, "runs": 0, "bytes_lost": 0, "figures_lost": 0}
-    for i in range(count):
-        out = f"refusal-{i}"
-        folder = fresh(bench, out)
+
+    def inject(out: str, folder: Path, i: int) -> None:
         bench.keys[out] = {"save_async": i // 4 % 2 == 1}
         kind = ("enospc", "eio", "erofs", "short")[i % 4]
         calls = draw.randint(5, 40) if kind == "short" else draw.randint(90, 700)
-        fault = {
-            "kind": kind,
-            "under": str(folder),
-            "at": calls,
-            "times": draw.randint(1, 40),
-        }
-        bench.run(out, fault)
-        if MARK not in bench.said(out):
-            raise SystemExit(f"the fault was not met: {fault}")
-        found["injected"] += 1
-        finish(bench, out, 1, found)
-    return found
+        meet(bench, out, {"kind": kind, "under": str(folder), "at": calls, "times": draw.randint(1, 40)})
+
+    return trials(bench, "refusal", count, inject)
 
 
 def jumps(bench: Bench, draw: random.Random, count: int) -> dict[str, int]:
     """Clocks that leap by years while the run goes on."""
-    found = {"injected": 0, "survived": 0, "runs": 0, "bytes_lost": 0, "figures_lost": 0}
-    for i in range(count):
-        out = f"clock-{i}"
-        fresh(bench, out)
-        fault = {"kind": "clock", "at": draw.randint(1, 40), "times": draw.randint(1, 40), "seed": i}
-        bench.run(out, fault)
-        if MARK not in bench.said(out):
-            raise SystemExit(f"the fault was not met: {fault}")
-        found["injected"] += 1
-        finish(bench, out, 1, found)
-    return found
+
+    def inject(out: str, _: Path, i: int) -> None:
+        meet(
+            bench, out, {"kind": "clock", "at": draw.randint(1, 40), "times": draw.randint(1, 40), "seed": i}
+        )
+
+    return trials(bench, "clock", count, inject)
 
 
 def silences(bench: Bench, draw: random.Random, count: int) -> dict[str, int]:
     """Trackers whose server takes the connection and never answers."""
-    found = {"injected": 0, "survived": 0, "runs": 0, "bytes_lost": 0, "figures_lost": 0}
-    for i in range(count):
-        out = f"tracker-{i}"
-        fresh(bench, out)
+
+    def inject(out: str, _: Path, i: int) -> None:
         bench.keys[out] = {"use_tensorboard": True, "tracker_timeout": 1}
-        bench.run(out, {"kind": "tracker", "at": draw.randint(1, 40)}, timeout=60)
-        if MARK not in bench.said(out):
-            raise SystemExit(f"{out}: the fault was not met")
-        found["injected"] += 1
-        finish(bench, out, 1, found)
-    return found
+        meet(bench, out, {"kind": "tracker", "at": draw.randint(1, 40)}, timeout=60)
+
+    return trials(bench, "tracker", count, inject)
 
 
 def main() -> None:
