@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from axolotl.config import Config
 from axolotl.errors import ConfigError, EnvironmentProblem, ModelError
 from axolotl.run import launch as starting
-from axolotl.run.on_ray import _resources, _told
+from axolotl.run.on_ray import WorkerFailed, _resources, _told
 
 
 def asking(**keys: Any) -> Config:
@@ -51,13 +52,13 @@ def test_of_several_errors_the_one_that_says_something_is_told(capsys: pytest.Ca
         _told(SimpleNamespace(worker_failures={0: lost, 1: mistake}))
     assert "On rank 1:" in capsys.readouterr().err
 
-    class Wrapped(Exception):
-        _base_exc = ArithmeticError("on purpose")
-
-        def __str__(self) -> str:
-            return "Traceback ...\nArithmeticError: on purpose"
-
-    assert _told(SimpleNamespace(worker_failures={0: lost, 3: Wrapped()})) == 1
+    # Ray wraps what a worker raises, and sends it pickled.
+    failed = pickle.loads(
+        pickle.dumps(WorkerFailed(ArithmeticError("on purpose"), "ArithmeticError: on purpose"))
+    )
+    assert "purpose" not in str(failed)
+    wrapped = SimpleNamespace(_base_exc=failed)
+    assert _told(SimpleNamespace(worker_failures={0: lost, 3: wrapped})) == 1
     said = capsys.readouterr().err
     assert "On rank 3:" in said and said.count("ArithmeticError") == 1
     with pytest.raises(EnvironmentProblem, match="no space"):

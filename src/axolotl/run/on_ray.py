@@ -5,10 +5,12 @@ of a launcher does. https://docs.ray.io/en/latest/train/train.html
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +123,31 @@ def elsewhere() -> bool:
     return bool(os.environ.get("RAY_ADDRESS")) or (temporary / "ray" / "ray_current_cluster").exists()
 
 
+class WorkerFailed(Exception):
+    """Carries what a worker died of to where it is told. Ray logs each error by itself, and this one says nothing."""
+
+    def __init__(self, cause: Exception, text: str) -> None:
+        super().__init__(cause, text)
+        self.cause, self.text = cause, text
+
+    def __str__(self) -> str:
+        return "the reason is told at the end"
+
+
 def _worker(given: dict[str, Any]) -> None:
-    """Runs in each worker, whose place Ray has written into the environment."""
+    """Runs in each worker, whose place Ray has written into the environment. Raises WorkerFailed."""
+    try:
+        _train_here(given)
+    except Exception as error:
+        text = "".join(traceback.format_exception(error))
+        try:
+            pickle.dumps(error)
+        except Exception:
+            error = RuntimeError(str(error))
+        raise WorkerFailed(error, text) from None
+
+
+def _train_here(given: dict[str, Any]) -> None:
     for name, value in defaults_for_processes().items():
         os.environ.setdefault(name, value)
     os.chdir(given["folder"])
@@ -134,7 +159,8 @@ def _worker(given: dict[str, Any]) -> None:
 def _told(error: Any) -> int:
     """Tells the first failure of a worker that is one of its own, and returns the exit code."""
     failures: dict[int, Any] = getattr(error, "worker_failures", {})
-    found = {rank: getattr(each, "_base_exc", each) for rank, each in failures.items()}
+    raised = {rank: getattr(each, "_base_exc", each) for rank, each in failures.items()}
+    found = {rank: each.cause if isinstance(each, WorkerFailed) else each for rank, each in raised.items()}
     own = {rank: each for rank, each in found.items() if not lost_a_peer(each)} or found
     if not own:
         why = getattr(error, "controller_failure", error)
@@ -144,7 +170,7 @@ def _told(error: Any) -> int:
     console.stderr().print(f"On rank {rank}:", style="red", markup=False)
     if isinstance(cause, UserError):
         raise cause from None
-    text = str(failures[rank]).strip() if failures[rank] is not cause else f"error: {cause}"
-    console.stderr().print(text, style="red", markup=False)
+    text = raised[rank].text if isinstance(raised[rank], WorkerFailed) else str(failures[rank])
+    console.stderr().print(text.strip(), style="red", markup=False)
     sys.stderr.flush()
     return cause.exit_code if isinstance(cause, AxolotlError) else 1
