@@ -10,7 +10,7 @@ from torch import nn
 
 from axolotl.kernels.frozen import Dense
 from axolotl.kernels.gates import ACTIVATIONS
-from axolotl.kernels.lora import LoraGroup, lora_linears, lora_mlp, plain_lora, plain_lora_mlp
+from axolotl.kernels.lora import LoraGroup, lora_linears, lora_mlp, padded, plain_lora, plain_lora_mlp
 from kernels.comparing import assert_like_twin, error, outputs_and_gradients
 
 
@@ -36,7 +36,7 @@ def layers(
 
 def group_of(parts, folded: bool) -> LoraGroup:
     weights = [p[0].clone() for p in parts]
-    base = Dense(weights, sum(p[1].shape[0] for p in parts) if folded else 0)
+    base = Dense(weights, padded(sum(p[1].shape[0] for p in parts)) if folded else 0)
     return LoraGroup(
         base, [p[1] for p in parts], [p[2] for p in parts], [p[3] for p in parts], [p[4] for p in parts]
     )
@@ -160,7 +160,7 @@ def test_a_feed_forward_layer_keeps_input_gate_and_up_only():
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         lora_mlp(torch.randn(T, K, requires_grad=True), gate_up, down, "silu")
     numbers = sum(t.untyped_storage().nbytes() // t.element_size() for t in kept.values())
-    assert numbers == T * (K + 2 * r) + T * 2 * M + T * r
+    assert numbers == T * (K + padded(2 * r)) + T * 2 * M + T * padded(r)
 
 
 @pytest.mark.extras

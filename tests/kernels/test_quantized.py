@@ -5,8 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from axolotl.kernels.fp8 import EightBit, EightBitStack, dequantize_rows, quantize_rows, scaled_product
+from axolotl.kernels.fp8 import (
+    EightBit,
+    EightBitStack,
+    Quantized,
+    dequantize_rows,
+    plain_quantize_rows,
+    quantize_rows,
+    scaled_product,
+)
+from axolotl.kernels.gates import gated_backward, gated_into, plain_gated
 from axolotl.kernels.nf4 import FourBit, FourBitStack, dequantize, from_bitsandbytes, plain_dequantize
+from axolotl.kernels.norms import Norm, norm_into
 from kernels.comparing import error
 
 
@@ -94,3 +104,43 @@ def test_8_bit_products_are_as_near_as_the_rounding_allows():
     for found, exact in ((stack.product(x), x @ whole.t()), (stack.gradient(dy), dy @ whole)):
         relative = float((found - exact).norm() / exact.norm())
         assert 0.005 < relative < 0.05  # rounded for real, and not more
+
+
+def close_rows(found: Quantized, expected: Quantized) -> bool:
+    """The same scales, and numbers that differ by one step of e4m3 at most."""
+    values, wanted = (dequantize_rows(*each, torch.float32) for each in (found, expected))
+    return torch.allclose(found[1], expected[1], rtol=1e-5) and bool(
+        ((values - wanted).abs() <= wanted.abs() / 8 + expected[1] / 256).all()
+    )
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize(("T", "K"), [(1, 1), (3, 130), (5, 4099)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_8_bit_program_is_the_twin(interpreter, T, K, scaled):
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(T, K * 2, generator=draw)[:, :K]
+    columns = torch.rand(K, generator=draw) if scaled else None
+    assert close_rows(quantize_rows(x, columns), plain_quantize_rows(x, columns))
+    assert bool((dequantize_rows(*quantize_rows(x * 0), torch.float32) == 0).all())
+
+
+@pytest.mark.extras
+def test_norms_and_gates_make_8_bit_copies_on_the_way(interpreter):
+    T, N = 3, 133
+    draw = torch.Generator().manual_seed(0)
+    x, up, dout = (torch.randn(T, N, generator=draw) for _ in range(3))
+    weight, columns = torch.rand(N, generator=draw), torch.rand(2 * N, generator=draw)
+    out = torch.empty(T, N + 5)[:, :N]
+    for norm in (Norm(1e-5, 0.0, True), Norm(1e-6, 1.0, False)):
+        _, q = norm_into(x, weight, norm, out, quantize=True)
+        assert q is not None and close_rows(q, plain_quantize_rows(out))
+    q = gated_into(x, up, "silu", out, quantize=True)
+    assert torch.allclose(out, plain_gated(x, up, "silu"), atol=1e-6)
+    assert q is not None and close_rows(q, plain_quantize_rows(out))
+    both, plain = torch.empty(T, 2 * N), torch.empty(T, 2 * N)
+    gated_backward(dout, x, up, "silu", plain[:, :N], plain[:, N:], None)
+    again = dout.clone()
+    q = gated_backward(again, x, up, "silu", both[:, :N], both[:, N:], again, quantize=True, scale=columns)
+    assert torch.allclose(both, plain, atol=1e-6) and torch.allclose(again, out, atol=1e-6)
+    assert q is not None and close_rows(q, plain_quantize_rows(plain, columns))

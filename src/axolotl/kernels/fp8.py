@@ -4,7 +4,7 @@ Each row of a weight has one scale, each row of an activation too. In the backwa
 incoming gradient, so the same bytes serve both directions; only their order in memory is turned, since the GEMM of
 Hopper wants it so. Where there is no such GEMM, as on a CPU, the same numbers are multiplied in float32.
 
-Shapes: T tokens, K input features, N output features.
+Shapes: T tokens, K input features, N output features of all layers of a stack.
 """
 
 from __future__ import annotations
@@ -13,15 +13,44 @@ from collections.abc import Sequence
 
 import torch
 
+from axolotl.kernels.triton_language import power_of_2, programs, runs_on
+
 HIGHEST = 448.0
 """The largest number of e4m3."""
 
+Quantized = tuple[torch.Tensor, torch.Tensor]
+"""Rows in e4m3 [T,K] and the float32 scale [T,1] of each: `values.float() * scale` is near what they stand for."""
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [T,K] as e4m3 and the float32 scale [T,1] of each row: `bytes.float() * scale` is near x."""
-    wide = x.float()
+
+def plain_quantize_rows(x: torch.Tensor, columns: torch.Tensor | None = None) -> Quantized:
+    """The twin of `quantize_rows`, by plain torch."""
+    wide = x.float() if columns is None else x.float() * columns
     scale = wide.abs().amax(1, keepdim=True).clamp_(min=1e-30) / HIGHEST
     return (wide / scale).to(torch.float8_e4m3fn), scale
+
+
+def quantize_rows(x: torch.Tensor, columns: torch.Tensor | None = None) -> Quantized:
+    """x [T,K], with any distance between rows, times `columns` [K] where given, in 8 bits."""
+    if not runs_on(x) or not x.numel() or x.stride(1) != 1:
+        return plain_quantize_rows(x, columns)
+    T, K = x.shape
+    values, scale = empty_rows(T, K, x.device)
+    programs("fp8").rows[(T,)](
+        x, x if columns is None else columns, values, scale, x.stride(0),
+        K=K, SCALED=columns is not None, BLOCK=row_block(K), num_warps=8,
+    )  # fmt: skip
+    return values, scale
+
+
+def empty_rows(T: int, K: int, device: torch.device) -> Quantized:
+    """Room for T rows of K numbers."""
+    values = torch.empty(T, K, dtype=torch.float8_e4m3fn, device=device)
+    return values, torch.empty(T, 1, dtype=torch.float32, device=device)
+
+
+def row_block(K: int) -> int:
+    """Numbers that a program with a whole row of K for itself takes at a time."""
+    return min(4096, power_of_2(K))
 
 
 def dequantize_rows(values: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -48,6 +77,11 @@ def scaled_product(
     return (torch.mm(x.float(), w.float().t()) * x_scale * w_scale.t()).to(dtype)
 
 
+def turned(values: torch.Tensor) -> torch.Tensor:
+    """e4m3 numbers [N,K] as [K,N], in that order in memory."""
+    return values.view(torch.uint8).t().contiguous().view(torch.float8_e4m3fn)
+
+
 class EightBit:
     """A frozen weight [N,K] in e4m3."""
 
@@ -61,30 +95,47 @@ class EightBit:
 
 
 class EightBitStack:
-    """Frozen e4m3 weights that share their input; see `axolotl.kernels.frozen.Frozen`."""
+    """Frozen e4m3 weights that share their input; see `axolotl.kernels.frozen.Frozen`.
 
-    wide: torch.Tensor | None = None
+    They move into one buffer, and the matrices given become views into it. The turned copy that the backward pass
+    multiplies by is made at its first use and kept: both together are as large as the weights were in 16 bits.
+    """
+
+    folds = False
+    standing = False
+    eight_bit = True
 
     def __init__(self, matrices: Sequence[EightBit]) -> None:
         self.matrices = list(matrices)
+        self.values, self.scale = matrices[0].values, matrices[0].scale
+        if len(matrices) > 1:
+            bits = torch.cat([m.values.view(torch.uint8) for m in matrices])
+            self.values, self.scale = bits.view(torch.float8_e4m3fn), torch.cat([m.scale for m in matrices])
+            start = 0
+            for m in matrices:
+                size = m.values.shape[0]
+                m.values, m.scale = self.values[start : start + size], self.scale[start : start + size]
+                start += size
+        self.column_scale: torch.Tensor | None = self.scale.view(-1)
+        self._turned: torch.Tensor | None = None
+        self._ones = torch.ones(self.values.shape[1], 1, device=self.values.device)
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
+    def widened(self, dtype: torch.dtype, room: int) -> torch.Tensor | None:
+        """None: 8-bit weights have no room for others beside them."""
+        return None
+
+    def product(self, x: torch.Tensor, q: Quantized | None = None) -> torch.Tensor:
         """x [T,K] to x @ W.T [T,N], rounding both to e4m3."""
-        values, scale = quantize_rows(x)
-        parts = [scaled_product(values, scale, m.values, m.scale, x.dtype) for m in self.matrices]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        values, scale = quantize_rows(x) if q is None else q
+        return scaled_product(values, scale, self.values, self.scale, x.dtype)
 
-    def gradient(self, dy: torch.Tensor) -> torch.Tensor:
-        """dy [T,N] to dy @ W [T,K], rounding both to e4m3."""
-        out: torch.Tensor | None = None
-        start = 0
-        for m in self.matrices:
-            size = m.values.shape[0]
-            values, scale = quantize_rows(dy[:, start : start + size].float() * m.scale.t())
-            turned = m.values.view(torch.uint8).t().contiguous().view(torch.float8_e4m3fn)
-            one = torch.ones(turned.shape[0], 1, device=dy.device)
-            part = scaled_product(values, scale, turned, one, dy.dtype)
-            out = part if out is None else out.add_(part)
-            start += size
-        assert out is not None
-        return out
+    def product_onto(self, y: torch.Tensor, x: torch.Tensor, q: Quantized | None = None) -> torch.Tensor:
+        """y + x @ W.T, [T,N], over y."""
+        return y.add_(self.product(x, q))
+
+    def gradient(self, dy: torch.Tensor, q: Quantized | None = None) -> torch.Tensor:
+        """dy [T,N] to dy @ W [T,K], rounding both to e4m3. `q`: dy times `column_scale`."""
+        if self._turned is None:
+            self._turned = turned(self.values)
+        values, scale = quantize_rows(dy, self.column_scale) if q is None else q
+        return scaled_product(values, scale, self._turned, self._ones, dy.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from axolotl.kernels.fp8 import Quantized, empty_rows, plain_quantize_rows, row_block
 from axolotl.kernels.triton_language import power_of_2, programs, runs_on
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -57,17 +58,27 @@ class _Gated(torch.autograd.Function):
         return dgate, dup, None
 
 
-def gated_into(gate: torch.Tensor, up: torch.Tensor, act: str, out: torch.Tensor) -> None:
-    """Writes `act(gate) * up` into `out`; all [T,M]. No gradients."""
-    if not runs_on(gate) or gate.dtype is torch.float64:
-        torch.mul(activation(act, gate), up, out=out)
-        return
+def gated_into(
+    gate: torch.Tensor, up: torch.Tensor, act: str, out: torch.Tensor, *, quantize: bool = False
+) -> Quantized | None:
+    """Writes `act(gate) * up` into `out`; all [T,M]. With `quantize`, gives it in 8 bits too. No gradients."""
     T, M = gate.shape
+    if not runs_on(gate) or gate.dtype is torch.float64 or not T:
+        torch.mul(activation(act, gate), up, out=out)
+        return plain_quantize_rows(out) if quantize else None
+    strides = (gate.stride(0), up.stride(0), out.stride(0))
+    if quantize:
+        values, scale = empty_rows(T, M, gate.device)
+        programs("gates").forward_rows[(T,)](
+            gate, up, out, values, scale, *strides,
+            M=M, ACT=ACTIVATIONS.index(act), BLOCK=row_block(M), num_warps=8,
+        )  # fmt: skip
+        return values, scale
     block = min(2048, power_of_2(M))
     programs("gates").forward[(T, -(-M // block))](
-        gate, up, out, M, gate.stride(0), up.stride(0), out.stride(0),
-        ACT=ACTIVATIONS.index(act), BLOCK=block, num_warps=8,
-    )  # fmt: skip
+        gate, up, out, M, *strides, ACT=ACTIVATIONS.index(act), BLOCK=block, num_warps=8
+    )
+    return None
 
 
 def gated_backward(
@@ -78,22 +89,32 @@ def gated_backward(
     dgate: torch.Tensor,
     dup: torch.Tensor,
     again: torch.Tensor | None,
-) -> None:
+    *,
+    quantize: bool = False,
+    scale: torch.Tensor | None = None,
+) -> Quantized | None:
     """Writes the gradients of gate and up, and into `again`, where given, `act(gate) * up` once more; all [T,M].
 
-    `again` may be `dout` itself, which is read before.
+    `again` may be `dout` itself, which is read before. With `quantize`, gives both gradients side by side [T,2M] times
+    `scale` [2M] in 8 bits.
     """
-    if not runs_on(gate) or gate.dtype is torch.float64:
-        _plain_backward(dout, gate, up, act, dgate, dup, again)
-        return
     T, M = gate.shape
+    if not runs_on(gate) or gate.dtype is torch.float64 or not T:
+        _plain_backward(dout, gate, up, act, dgate, dup, again)
+        return plain_quantize_rows(torch.cat((dgate, dup), dim=1), scale) if quantize else None
+    tensors = (dout, gate, up, dgate, dup, dgate if again is None else again)
+    strides = tuple(t.stride(0) for t in tensors)
+    options: dict[str, Any] = {"ACT": ACTIVATIONS.index(act), "AGAIN": again is not None, "num_warps": 8}
+    if quantize:
+        values, scales = empty_rows(T, 2 * M, gate.device)
+        programs("gates").backward_rows[(T,)](
+            *tensors, dgate if scale is None else scale, values, scales, *strides,
+            M=M, SCALED=scale is not None, BLOCK=min(2048, row_block(M)), **options,
+        )  # fmt: skip
+        return values, scales
     block = min(2048, power_of_2(M))
-    programs("gates").backward[(T, -(-M // block))](
-        dout, gate, up, dgate, dup, dgate if again is None else again, M,
-        dout.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0),
-        0 if again is None else again.stride(0),
-        ACT=ACTIVATIONS.index(act), AGAIN=again is not None, BLOCK=block, num_warps=8,
-    )  # fmt: skip
+    programs("gates").backward[(T, -(-M // block))](*tensors, M, *strides, BLOCK=block, **options)
+    return None
 
 
 def _plain_backward(

@@ -79,3 +79,93 @@ def backward(
     if AGAIN:
         rounded = value.to(GATE.dtype.element_ty).to(tl.float32)
         tl.store(OUT + row * so + at, (rounded * u).to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def forward_rows(
+    GATE, UP, OUT, VALUES, SCALE, sg, su, so, M: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """As `forward`, a whole row per program, and OUT as VALUES [T,M] e4m3 with SCALE [T]."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    highest = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, M, BLOCK):
+        at = start + column
+        g = tl.load(GATE + row * sg + at, mask=at < M, other=0.0).to(tl.float32)
+        u = tl.load(UP + row * su + at, mask=at < M, other=0.0).to(tl.float32)
+        value = _value(g, ACT).to(GATE.dtype.element_ty).to(tl.float32)
+        out = (value * u).to(OUT.dtype.element_ty)
+        tl.store(OUT + row * so + at, out, mask=at < M)
+        highest = tl.maximum(highest, tl.abs(out.to(tl.float32)))
+    most = tl.maximum(tl.max(highest, 0), 448.0e-30)
+    tl.store(SCALE + row, most / 448.0)
+    # What is read now may have been written by other threads.
+    tl.debug_barrier()
+    for start in range(0, M, BLOCK):
+        at = start + column
+        out = tl.load(OUT + row * so + at, mask=at < M, other=0.0).to(tl.float32)
+        tl.store(VALUES + row * M + at, (out * (448.0 / most)).to(VALUES.dtype.element_ty), mask=at < M)
+
+
+@triton.jit
+def backward_rows(
+    DOUT,
+    GATE,
+    UP,
+    DGATE,
+    DUP,
+    OUT,
+    COLUMNS,
+    VALUES,
+    SCALE,
+    sd,
+    sg,
+    su,
+    sdg,
+    sdu,
+    so,
+    M: tl.constexpr,
+    SCALED: tl.constexpr,
+    ACT: tl.constexpr,
+    AGAIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """As `backward`, a whole row per program; [DGATE, DUP] times COLUMNS [2M] as VALUES [T,2M] e4m3 with SCALE [T]."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    highest = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, M, BLOCK):
+        at = start + column
+        inside = at < M
+        d = tl.load(DOUT + row * sd + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(GATE + row * sg + at, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(UP + row * su + at, mask=inside, other=0.0).to(tl.float32)
+        value = _value(g, ACT)
+        dg = (d * u * _slope(g, ACT)).to(DGATE.dtype.element_ty)
+        du = (d * value).to(DUP.dtype.element_ty)
+        tl.store(DGATE + row * sdg + at, dg, mask=inside)
+        tl.store(DUP + row * sdu + at, du, mask=inside)
+        if AGAIN:
+            rounded = value.to(GATE.dtype.element_ty).to(tl.float32)
+            tl.store(OUT + row * so + at, (rounded * u).to(OUT.dtype.element_ty), mask=inside)
+        a, b = tl.abs(dg.to(tl.float32)), tl.abs(du.to(tl.float32))
+        if SCALED:
+            a = a * tl.load(COLUMNS + at, mask=inside, other=0.0)
+            b = b * tl.load(COLUMNS + M + at, mask=inside, other=0.0)
+        highest = tl.maximum(highest, tl.maximum(a, b))
+    most = tl.maximum(tl.max(highest, 0), 448.0e-30)
+    tl.store(SCALE + row, most / 448.0)
+    # What is read now may have been written by other threads.
+    tl.debug_barrier()
+    for start in range(0, M, BLOCK):
+        at = start + column
+        inside = at < M
+        a = tl.load(DGATE + row * sdg + at, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(DUP + row * sdu + at, mask=inside, other=0.0).to(tl.float32)
+        if SCALED:
+            a = a * tl.load(COLUMNS + at, mask=inside, other=0.0)
+            b = b * tl.load(COLUMNS + M + at, mask=inside, other=0.0)
+        tl.store(VALUES + row * (2 * M) + at, (a * (448.0 / most)).to(VALUES.dtype.element_ty), mask=inside)
+        tl.store(
+            VALUES + row * (2 * M) + M + at, (b * (448.0 / most)).to(VALUES.dtype.element_ty), mask=inside
+        )

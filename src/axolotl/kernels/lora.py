@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from axolotl.kernels.fp8 import Quantized
 from axolotl.kernels.frozen import Frozen
 from axolotl.kernels.gates import gated_backward, gated_into, plain_gated
 from axolotl.kernels.triton_language import compute_dtype
@@ -29,8 +30,11 @@ class LoraGroup:
     """Adapted linear layers that share their input: frozen weights, adapters and scalings.
 
     `a[i]` [R_i,K] and `b[i]` [N_i,R_i] are trained; `biases[i]` [N_i] is frozen, or None. Copies of a and b in the type
-    of the products are made once per pass of the model, as `begin_pass` tells.
+    of the products are made once per pass of the model, for all its groups together: see `refresh`. R is padded with
+    zeros to a multiple of STEP, since the matrix units want rows that begin on 16 bytes.
     """
+
+    STEP = 16
 
     def __init__(
         self,
@@ -45,8 +49,7 @@ class LoraGroup:
         self.K = a[0].shape[1]
         self.columns = _spans([each.shape[0] for each in b])
         self.ranks = _spans([each.shape[0] for each in a])
-        self.N, self.R = self.columns[-1][1], self.ranks[-1][1]
-        self._passes = 0
+        self.N, self.R = self.columns[-1][1], padded(self.ranks[-1][1])
         self._made: tuple[Any, ...] = ()
         self._low: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -54,27 +57,29 @@ class LoraGroup:
     def parameters(self) -> list[torch.nn.Parameter]:
         return [*self.a, *self.b]
 
+    def _state(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        return (dtype, *((place(p), p._version) for p in self.parameters))
+
     def low(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A [R,K] of all layers, and s B [N,R] with each layer's block in its place, in this type."""
-        made = (dtype, self._passes, *((place(p), p._version) for p in self.parameters))
-        if made != self._made or self._low is None:
-            with torch.no_grad():
-                a = torch.cat([p.detach().to(dtype) for p in self.a])
-                wide = self.base.wide
-                if wide is not None and wide.dtype is dtype:
-                    b = wide[:, self.K :]
-                else:
-                    b = torch.zeros(self.N, self.R, dtype=dtype, device=a.device)
-                for p, s, (n0, n1), (r0, r1) in zip(
-                    self.b, self.scalings, self.columns, self.ranks, strict=True
-                ):
-                    b[n0:n1, r0:r1] = p.detach() * s
-            self._made, self._low = made, (a, b)
+        if self._low is None or self._state(dtype) != self._made:
+            refresh([self], dtype)
+        assert self._low is not None
         return self._low
 
-    def begin_pass(self) -> None:
-        """A pass of the model begins: the weights may have changed, which fused optimizers do without a trace."""
-        self._passes += 1
+    def _room_for(self, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+        """Where the copies stand: (copy, parameter, scaling) of each a and b."""
+        if self._low is None or self._low[0].dtype is not dtype or self._low[0].device != self.a[0].device:
+            options: Any = {"dtype": dtype, "device": self.a[0].device}
+            wide = self.base.widened(dtype, self.R) if self.base.standing else None
+            b = torch.zeros(self.N, self.R, **options) if wide is None else wide[:, self.K :]
+            self._low = torch.zeros(self.R, self.K, **options), b
+        a, b = self._low
+        found = [(a[r0:r1], p.detach(), 1.0) for p, (r0, r1) in zip(self.a, self.ranks, strict=True)]
+        parts = zip(self.b, self.scalings, self.columns, self.ranks, strict=True)
+        found += [(b[n0:n1, r0:r1], p.detach(), s) for p, s, (n0, n1), (r0, r1) in parts]
+        self._made = self._state(dtype)
+        return found
 
     def forget(self) -> None:
         """Drops the copies; they are made again when they are needed."""
@@ -82,33 +87,72 @@ class LoraGroup:
 
     @property
     def folds(self) -> bool:
-        return self.base.wide is not None
+        return self.base.folds
+
+    def _wide(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """[W, s B], [N,K+R], where the base folds."""
+        _, b = self.low(dtype)
+        wide = self.base.widened(dtype, self.R)
+        if wide is not None and not self.base.standing:
+            wide[:, self.K :] = b
+        return wide
 
     def room(self, T: int, x: torch.Tensor) -> torch.Tensor:
         """An empty [T,K+R]: the input at the left, its low-rank image at the right."""
         return torch.empty(T, self.K + self.R, dtype=x.dtype, device=x.device)
 
-    def product(self, buffer: torch.Tensor) -> torch.Tensor:
-        """[T,K+R] whose left K columns are filled, to [T,N]; fills the right R columns."""
-        a, b = self.low(buffer.dtype)
+    def product(
+        self, buffer: torch.Tensor, q: Quantized | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[T,K+R] whose left K columns are filled, to [T,N], plus `residual`; fills the right R columns.
+
+        `q`: the left columns in 8 bits, where somebody has made them already.
+        """
+        a, _ = self.low(buffer.dtype)
         x, low = buffer[:, : self.K], buffer[:, self.K :]
         torch.mm(x, a.t(), out=low)
-        wide = self.base.wide
-        if wide is not None and wide.dtype is buffer.dtype:
-            y = torch.mm(buffer, wide.t())
+        wide = self._wide(buffer.dtype)
+        if wide is None:
+            return self.product_with(x, low, q, residual)
+        y = torch.mm(buffer, wide.t()) if residual is None else torch.addmm(residual, buffer, wide.t())
+        return self._biased(y)
+
+    def product_with(
+        self, x: torch.Tensor, low: torch.Tensor, q: Quantized | None, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x [T,K] and its low-rank image [T,R] to [T,N], plus `residual`, without the fold."""
+        _, b = self.low(x.dtype)
+        if residual is not None:
+            y = self.base.product_onto(torch.addmm(residual, low, b.t()), x, q)
         else:
-            y = self.base.product(x)
+            y = self.base.product(x, q)
             for (n0, n1), (r0, r1) in zip(self.columns, self.ranks, strict=True):
                 y[:, n0:n1].addmm_(low[:, r0:r1], b[n0:n1, r0:r1].t())
+        return self._biased(y)
+
+    def _biased(self, y: torch.Tensor) -> torch.Tensor:
         for bias, (n0, n1) in zip(self.biases, self.columns, strict=True):
             if bias is not None:
                 y[:, n0:n1] += bias.to(y.dtype)
         return y
 
-    def input_gradient(self, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """dy [T,N] to the input's gradient [T,K] and to dy through s B, [T,R]."""
+    def input_gradient(
+        self, dy: torch.Tensor, q: Quantized | None = None, *, wanted: bool = True
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """dy [T,N] to the input's gradient [T,K], None unless `wanted`, and to dy through s B, [T,R].
+
+        `q`: dy in 8 bits, as the base's `incoming` makes it, where somebody has made it already.
+        """
         a, b = self.low(dy.dtype)
-        dx, g = self.base.gradient(dy), torch.mm(dy, b)
+        if not wanted:
+            return None, torch.mm(dy, b)
+        # Where the output is not much wider than the input, a few columns more cost less than a pass of their own.
+        wide = self._wide(dy.dtype) if self.N <= 2 * self.K else None
+        if wide is not None:
+            both = torch.mm(dy, wide)
+            dx, g = both[:, : self.K], both[:, self.K :]
+        else:
+            dx, g = self.base.gradient(dy, q), torch.mm(dy, b)
         dx.addmm_(g, a)
         return dx, g
 
@@ -121,6 +165,26 @@ class LoraGroup:
         for p, s, (n0, n1), (r0, r1) in zip(self.b, self.scalings, self.columns, self.ranks, strict=True):
             found.append(torch.mm(dy[:, n0:n1].t(), low[:, r0:r1]).to(p.dtype) * s)
         return found
+
+
+def refresh(groups: Sequence[LoraGroup], dtype: torch.dtype) -> None:
+    """Copies the adapters of all groups as they are now, in a few launches for the whole model.
+
+    A pass of the model begins with it: fused optimizers change weights without a trace.
+    """
+    with torch.no_grad():
+        pairs = [pair for group in groups for pair in group._room_for(dtype)]
+        if not pairs:
+            return
+        scaled = [p if s == 1.0 else None for _, p, s in pairs]
+        factors = [s for _, _, s in pairs if s != 1.0]
+        products = iter(torch._foreach_mul([p for _, p, s in pairs if s != 1.0], factors) if factors else ())
+        torch._foreach_copy_([c for c, _, _ in pairs], [next(products) if p is None else p for p in scaled])
+
+
+def padded(ranks: int) -> int:
+    """Ranks with the zeros that make their rows begin where the matrix units want them."""
+    return -(-ranks // LoraGroup.STEP) * LoraGroup.STEP
 
 
 def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -146,22 +210,28 @@ def plain_lora(
 def lora_linears(x: torch.Tensor, group: LoraGroup) -> tuple[torch.Tensor, ...]:
     """x [...,K] through all layers of the group: one [...,N_i] for each. Gradients for x, a and b; once."""
     dtype = compute_dtype(x)
-    y = _Linears.apply(x.to(dtype).reshape(-1, group.K), group, *group.parameters)
-    return tuple(y[:, n0:n1].unflatten(0, x.shape[:-1]) for n0, n1 in group.columns)
+    outs = _Linears.apply(x.to(dtype).reshape(-1, group.K), group, *group.parameters)
+    return tuple(y.unflatten(0, x.shape[:-1]) for y in outs)
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: LoraGroup, *parameters: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, group: LoraGroup, *parameters: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         with torch.autocast(x.device.type, enabled=False):
-            buffer = group.room(x.shape[0], x)
-            buffer[:, : group.K] = x
-            y = group.product(buffer)
+            if group.folds:
+                # The buffer is the only copy of the input that is kept.
+                x_and_low = group.room(x.shape[0], x)
+                x_and_low[:, : group.K] = x
+                y = group.product(x_and_low)
+                ctx.save_for_backward(x_and_low, x_and_low)
+            else:
+                low = torch.mm(x, group.low(x.dtype)[0].t())
+                y = group.product_with(x, low, None, None)
+                ctx.save_for_backward(x, low)
         ctx.group = group
-        # Where the product read the buffer, it is the only copy of the input; else the input itself is kept.
-        kept = (buffer, buffer) if group.folds else (x, buffer[:, group.K :].clone())
-        ctx.save_for_backward(*kept)
-        return y
+        return outputs(y, group)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -170,10 +240,22 @@ class _Linears(torch.autograd.Function):
         x, low = ctx.saved_tensors
         x, low = x[:, : group.K], low[:, -group.R :]
         with torch.autocast(x.device.type, enabled=False):
-            dy = grads[0].contiguous()
-            dx, g = group.input_gradient(dy)
+            dy = incoming(grads)
+            dx, g = group.input_gradient(dy, wanted=ctx.needs_input_grad[0])
             of_weights = group.weight_gradients(dy, g, x, low)
-        return (dx if ctx.needs_input_grad[0] else None, None, *of_weights)
+        return (dx, None, *of_weights)
+
+
+def outputs(y: torch.Tensor, group: LoraGroup) -> tuple[torch.Tensor, ...]:
+    """[T,N] as one tensor per layer. The last is a copy where there are several: of query, key and value only the value
+    outlives the rotary embedding, and would keep all three."""
+    parts = [y[:, n0:n1] for n0, n1 in group.columns]
+    return (y,) if len(parts) == 1 else (*parts[:-1], parts[-1].contiguous())
+
+
+def incoming(grads: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The gradients of `outputs`, side by side."""
+    return grads[0].contiguous() if len(grads) == 1 else torch.cat(list(grads), dim=1)
 
 
 def plain_lora_mlp(
@@ -200,16 +282,12 @@ class _Mlp(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, gate_up: LoraGroup, down: LoraGroup, act: str, *parameters: torch.Tensor
     ) -> torch.Tensor:
-        T, M = x.shape[0], down.K
         with torch.autocast(x.device.type, enabled=False):
-            buffer = gate_up.room(T, x)
+            buffer = gate_up.room(x.shape[0], x)
             buffer[:, : gate_up.K] = x
-            both = gate_up.product(buffer)
-            inner = down.room(T, x)
-            gated_into(both[:, :M], both[:, M:], act, inner[:, :M])
-            y = down.product(inner)
+            y, both, inner_low = mlp_forward(buffer, None, gate_up, down, act, None)
         kept = (buffer, buffer) if gate_up.folds else (x, buffer[:, gate_up.K :].clone())
-        ctx.save_for_backward(*kept, both, inner[:, M:].clone())
+        ctx.save_for_backward(*kept, both, inner_low)
         ctx.parts = gate_up, down, act
         return y
 
@@ -218,14 +296,54 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, low, both, inner_low = ctx.saved_tensors
         gate_up, down, act = ctx.parts
-        x, low, M = x[:, : gate_up.K], low[:, -gate_up.R :], down.K
+        x, low = x[:, : gate_up.K], low[:, -gate_up.R :]
+        wanted = ctx.needs_input_grad[0]
         with torch.autocast(x.device.type, enabled=False):
             dy = grads[0].contiguous()
-            d_inner, g = down.input_gradient(dy)
-            d_both = torch.empty_like(both)
-            gated_backward(d_inner, both[:, :M], both[:, M:], act, d_both[:, :M], d_both[:, M:], d_inner)
-            # The gradient of the gated value has become the gated value.
-            of_down = down.weight_gradients(dy, g, d_inner, inner_low)
-            dx, g = gate_up.input_gradient(d_both)
-            of_gate_up = gate_up.weight_gradients(d_both, g, x, low)
-        return (dx if ctx.needs_input_grad[0] else None, None, None, None, *of_gate_up, *of_down)
+            dx, found = mlp_backward(dy, None, x, low, both, inner_low, gate_up, down, act, wanted=wanted)
+        return (dx, None, None, None, *found)
+
+
+def mlp_forward(
+    buffer: torch.Tensor,
+    q: Quantized | None,
+    gate_up: LoraGroup,
+    down: LoraGroup,
+    act: str,
+    residual: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A gated feed-forward layer on `buffer` [T,K+R] as `LoraGroup.product` takes it: its output [T,N] plus `residual`,
+    gate and up [T,2M], and the gated value's low-rank image [T,R]."""
+    T, M = buffer.shape[0], down.K
+    both = gate_up.product(buffer, q)
+    inner = down.room(T, buffer)
+    q = gated_into(both[:, :M], both[:, M:], act, inner[:, :M], quantize=down.base.eight_bit)
+    return down.product(inner, q, residual), both, inner[:, M:].clone()
+
+
+def mlp_backward(
+    dy: torch.Tensor,
+    q: Quantized | None,
+    x: torch.Tensor,
+    low: torch.Tensor,
+    both: torch.Tensor,
+    inner_low: torch.Tensor,
+    gate_up: LoraGroup,
+    down: LoraGroup,
+    act: str,
+    *,
+    wanted: bool,
+) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """dy [T,N] to the gradient of x [T,K], None unless `wanted`, and to those of `gate_up`'s and `down`'s adapters."""
+    M = down.K
+    d_inner, g = down.input_gradient(dy, q)
+    assert d_inner is not None
+    d_both = torch.empty_like(both)
+    q = gated_backward(
+        d_inner, both[:, :M], both[:, M:], act, d_both[:, :M], d_both[:, M:], d_inner,
+        quantize=gate_up.base.eight_bit and wanted, scale=gate_up.base.column_scale,
+    )  # fmt: skip
+    # The gradient of the gated value has become the gated value.
+    of_down = down.weight_gradients(dy, g, d_inner, inner_low)
+    dx, g = gate_up.input_gradient(d_both, q, wanted=wanted)
+    return dx, [*gate_up.weight_gradients(d_both, g, x, low), *of_down]

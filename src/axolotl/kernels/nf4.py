@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from axolotl.kernels.frozen import stacked_gradient, stacked_product
+from axolotl.kernels.fp8 import Quantized
 from axolotl.kernels.triton_language import programs, runs_on
 
 
@@ -64,47 +64,60 @@ def plain_dequantize(matrix: FourBit, dtype: torch.dtype) -> torch.Tensor:
     return (values * scales.repeat_interleave(matrix.block)[: values.numel()]).to(dtype).view(matrix.shape)
 
 
-def dequantize(matrix: FourBit, dtype: torch.dtype) -> torch.Tensor:
-    """The matrix [N,K] in this type. One Triton program where it can run, else the twin."""
+def dequantize(matrix: FourBit, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The matrix [N,K] in this type, into `out` where given, with any distance between its rows. One Triton program
+    where it can run, else the twin."""
     if not runs_on(matrix.packed):
-        return plain_dequantize(matrix, dtype)
+        plain = plain_dequantize(matrix, dtype)
+        return plain if out is None else out.copy_(plain)
     count = matrix.packed.numel()
-    out = torch.empty(matrix.shape, dtype=dtype, device=matrix.packed.device)
+    if out is None:
+        out = torch.empty(matrix.shape, dtype=dtype, device=matrix.packed.device)
     nested = matrix.scale_scales is not None
     # Arguments that a plain scale does not need still have to be tensors.
     more = (matrix.scale_scales, matrix.scale_table, matrix.offset) if nested else (matrix.scales,) * 3
     programs("nf4").dequantize[(-(-count // 1024),)](
-        matrix.packed, matrix.scales, matrix.table, *more, out, count,
+        matrix.packed, matrix.scales, matrix.table, *more, out, count, out.stride(0), K=matrix.shape[1],
         BLOCK=matrix.block, SCALE_BLOCK=matrix.scale_block, NESTED=nested, BYTES=1024, num_warps=4,
     )  # fmt: skip
     return out
 
 
 class FourBitStack:
-    """Frozen 4-bit weights that share their input; see `axolotl.kernels.frozen.Frozen`. Made 16-bit for each product."""
+    """Frozen 4-bit weights that share their input; see `axolotl.kernels.frozen.Frozen`. Made 16-bit for each product,
+    all in one buffer, in which the low-rank matrices find room too."""
 
-    wide: torch.Tensor | None = None
+    folds = True
+    standing = False
+    eight_bit = False
+    column_scale: torch.Tensor | None = None
 
     def __init__(self, matrices: Sequence[FourBit]) -> None:
         self.matrices = list(matrices)
+        self.N, self.K = sum(m.shape[0] for m in matrices), matrices[0].shape[1]
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
+    def widened(self, dtype: torch.dtype, room: int) -> torch.Tensor | None:
+        """The weights [N,K+room] in this type; what is in the room is not said."""
+        wide = torch.empty(self.N, self.K + room, dtype=dtype, device=self.matrices[0].packed.device)
+        start = 0
+        for m in self.matrices:
+            dequantize(m, dtype, wide[start : start + m.shape[0], : self.K])
+            start += m.shape[0]
+        return wide
+
+    def _whole(self, dtype: torch.dtype) -> torch.Tensor:
+        whole = self.widened(dtype, 0)
+        assert whole is not None
+        return whole
+
+    def product(self, x: torch.Tensor, q: Quantized | None = None) -> torch.Tensor:
         """x [T,K] to x @ W.T [T,N]."""
-        return stacked_product(x, _Made(self.matrices, x.dtype))
+        return torch.mm(x, self._whole(x.dtype).t())
 
-    def gradient(self, dy: torch.Tensor) -> torch.Tensor:
+    def product_onto(self, y: torch.Tensor, x: torch.Tensor, q: Quantized | None = None) -> torch.Tensor:
+        """y + x @ W.T, [T,N], over y."""
+        return y.addmm_(x, self._whole(x.dtype).t())
+
+    def gradient(self, dy: torch.Tensor, q: Quantized | None = None) -> torch.Tensor:
         """dy [T,N] to dy @ W [T,K]."""
-        return stacked_gradient(dy, _Made(self.matrices, dy.dtype))
-
-
-class _Made(Sequence[torch.Tensor]):
-    """The matrices in 16 bits, each made when it is asked for, so that one is held at a time."""
-
-    def __init__(self, matrices: list[FourBit], dtype: torch.dtype) -> None:
-        self.matrices, self.dtype = matrices, dtype
-
-    def __len__(self) -> int:
-        return len(self.matrices)
-
-    def __getitem__(self, i: Any) -> Any:
-        return dequantize(self.matrices[i], self.dtype)
+        return torch.mm(dy, self._whole(dy.dtype))

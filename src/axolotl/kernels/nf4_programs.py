@@ -14,12 +14,14 @@ def dequantize(
     OFFSET,
     OUT,
     count,
+    stride,
+    K: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALE_BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
     BYTES: tl.constexpr,
 ):
-    """OUT [2*count] from PACKED [count] bytes."""
+    """OUT [N,K], `stride` numbers from row to row, from PACKED [count] bytes."""
     at = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
     inside = at < count
     byte = tl.load(PACKED + at, mask=inside, other=0).to(tl.int32)
@@ -31,5 +33,7 @@ def dequantize(
         scale = table * tl.load(SCALE_SCALES + block // SCALE_BLOCK, mask=inside, other=0.0) + tl.load(OFFSET)
     high = tl.load(TABLE + (byte >> 4)).to(tl.float32) * scale
     low = tl.load(TABLE + (byte & 15)).to(tl.float32) * scale
-    tl.store(OUT + 2 * at, high.to(OUT.dtype.element_ty), mask=inside)
-    tl.store(OUT + 2 * at + 1, low.to(OUT.dtype.element_ty), mask=inside)
+    # Neighbours side by side, so that a warp writes without gaps.
+    number = tl.program_id(0).to(tl.int64) * (2 * BYTES) + tl.arange(0, 2 * BYTES)
+    both = tl.interleave(high, low).to(OUT.dtype.element_ty)
+    tl.store(OUT + (number // K) * stride + number % K, both, mask=number < 2 * count)

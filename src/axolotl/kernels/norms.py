@@ -5,14 +5,25 @@ Shapes: the last axis, of N features, is normed; whatever is in front of it are 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from axolotl.kernels.fp8 import Quantized, empty_rows, plain_quantize_rows
 from axolotl.kernels.triton_language import power_of_2, programs, runs_on
 
 WIDEST = 65536
 """Features that one program holds at most."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The kind of a root-mean-square norm; see `rms_norm`."""
+
+    eps: float
+    offset: float
+    round_first: bool
 
 
 def plain_rms_norm(
@@ -50,14 +61,9 @@ class _RmsNorm(torch.autograd.Function):
         N = x.shape[-1]
         rows = x.reshape(-1, N)
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
-        T = rows.shape[0]
         dtype = torch.promote_types(x.dtype, weight.dtype) if round_first else x.dtype
-        out = torch.empty(T, N, dtype=dtype, device=x.device)
-        inverse = torch.empty(T, dtype=torch.float32, device=x.device)
-        programs("norms").forward[(T,)](
-            rows, weight, out, inverse, rows.stride(0), eps, offset,
-            N=N, ROUND_FIRST=round_first, BLOCK=power_of_2(N), num_warps=_warps(N),
-        )  # fmt: skip
+        out = torch.empty(rows.shape[0], N, dtype=dtype, device=x.device)
+        inverse, _ = norm_into(rows, weight, Norm(eps, offset, round_first), out)
         ctx.save_for_backward(rows, weight, inverse)
         ctx.offset, ctx.shape = offset, x.shape
         return out.view(x.shape)
@@ -66,21 +72,80 @@ class _RmsNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight, inverse = ctx.saved_tensors
-        T, N = rows.shape
-        dy = grads[0].reshape(T, N)
+        dy = grads[0].reshape(rows.shape)
         dy = dy if dy.stride(1) == 1 else dy.contiguous()
-        dx = torch.empty(T, N, dtype=rows.dtype, device=rows.device)
-        wants_weight = ctx.needs_input_grad[1]
-        # Few programs with many rows each, so that the partial sums for the weight stay small.
-        per_program = max(1, -(-T // 512)) if wants_weight else 1
-        count = -(-T // per_program)
-        partial = torch.empty(count if wants_weight else 1, N, dtype=torch.float32, device=rows.device)
-        programs("norms").backward[(count,)](
-            dy, rows, weight, inverse, dx, partial, dy.stride(0), rows.stride(0), T, ctx.offset,
-            N=N, ROWS=per_program, WEIGHT=wants_weight, BLOCK=power_of_2(N), num_warps=_warps(N),
-        )  # fmt: skip
-        dw = partial.sum(0).to(weight.dtype) if wants_weight else None
+        dx, dw = norm_backward(
+            dy, rows, weight, inverse, ctx.offset, None, wants_weight=ctx.needs_input_grad[1]
+        )
         return dx.view(ctx.shape), dw, None, None, None
+
+
+def norm_into(
+    rows: torch.Tensor, weight: torch.Tensor, norm: Norm, out: torch.Tensor, *, quantize: bool = False
+) -> tuple[torch.Tensor, Quantized | None]:
+    """Writes the normed rows [T,N] into `out`, with any distance between rows. Gives 1/rms [T,1] of each row, float32,
+    and with `quantize` the normed rows in 8 bits. No gradients."""
+    T, N = rows.shape
+    if not runs_on(rows) or N > WIDEST or not T or rows.dtype is torch.float64:
+        options: dict[str, Any] = {"offset": norm.offset, "round_first": norm.round_first}
+        out.copy_(plain_rms_norm(rows, weight, norm.eps, **options))
+        wide = rows.to(torch.float64 if rows.dtype is torch.float64 else torch.float32)
+        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+        return inverse, plain_quantize_rows(out) if quantize else None
+    inverse = torch.empty(T, 1, dtype=torch.float32, device=rows.device)
+    values, scale = empty_rows(T, N, rows.device) if quantize else (inverse, inverse)
+    programs("norms").forward[(T,)](
+        rows, weight, out, inverse, values, scale, rows.stride(0), out.stride(0), norm.eps, norm.offset,
+        N=N, ROUND_FIRST=norm.round_first, QUANTIZE=quantize, BLOCK=power_of_2(N), num_warps=_warps(N),
+    )  # fmt: skip
+    return inverse, (values, scale) if quantize else None
+
+
+def norm_backward(
+    dy: torch.Tensor,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    inverse: torch.Tensor,
+    offset: float,
+    residual: torch.Tensor | None,
+    *,
+    wants_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """dy [T,N] to the gradient of the rows, plus `residual` [T,N] where given, and to that of the weight where wanted."""
+    T, N = rows.shape
+    if not runs_on(rows) or N > WIDEST or not T or rows.dtype is torch.float64:
+        return _plain_norm_backward(dy, rows, weight, inverse, offset, residual, wants_weight=wants_weight)
+    dx = torch.empty(T, N, dtype=rows.dtype, device=rows.device)
+    # Few programs with many rows each, so that the partial sums for the weight stay small.
+    per_program = max(1, -(-T // 512)) if wants_weight else 1
+    count = -(-T // per_program)
+    partial = torch.empty(count if wants_weight else 1, N, dtype=torch.float32, device=rows.device)
+    programs("norms").backward[(count,)](
+        dy, rows, weight, inverse, dx if residual is None else residual, dx, partial,
+        dy.stride(0), rows.stride(0), 0 if residual is None else residual.stride(0), T, offset,
+        N=N, ROWS=per_program, WEIGHT=wants_weight, RESIDUAL=residual is not None,
+        BLOCK=power_of_2(N), num_warps=_warps(N),
+    )  # fmt: skip
+    return dx, partial.sum(0).to(weight.dtype) if wants_weight else None
+
+
+def _plain_norm_backward(
+    dy: torch.Tensor,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    inverse: torch.Tensor,
+    offset: float,
+    residual: torch.Tensor | None,
+    *,
+    wants_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    wide = inverse.dtype
+    d, normed = dy.to(wide), rows.to(wide) * inverse
+    scaled = d * (weight.to(wide) + offset)
+    dx = (scaled - normed * (normed * scaled).mean(-1, keepdim=True)) * inverse
+    if residual is not None:
+        dx = dx + residual.to(wide)
+    return dx.to(rows.dtype), (d * normed).sum(0).to(weight.dtype) if wants_weight else None
 
 
 def _warps(N: int) -> int:

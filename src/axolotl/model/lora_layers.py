@@ -15,7 +15,7 @@ from torch import nn
 from axolotl.kernels import lora
 from axolotl.kernels.fp8 import EightBit, EightBitStack
 from axolotl.kernels.frozen import Dense, Frozen
-from axolotl.kernels.lora import LoraGroup, lora_linears, lora_mlp
+from axolotl.kernels.lora import LoraGroup, lora_linears, lora_mlp, padded
 from axolotl.kernels.nf4 import FourBitStack, from_bitsandbytes
 from axolotl.model.replace import Replacements, own_forward
 from axolotl.model.shapes import GatedMlp
@@ -67,7 +67,7 @@ class Group:
         bases = [each.get_base_layer() for each in self.layers]
         self.weights: list[torch.Tensor] = [each.weight for each in bases]
         a = [each.lora_A[self.name].weight for each in self.layers]
-        room = sum(each.shape[0] for each in a) if fold else 0
+        room = padded(sum(each.shape[0] for each in a)) if fold else 0
         self.lora = LoraGroup(
             self._frozen(bases, room, made),
             a,
@@ -79,16 +79,15 @@ class Group:
 
     def _frozen(self, bases: list[Any], room: int, made: Replacements) -> Frozen:
         if all(hasattr(each, EIGHT_BIT) for each in bases):
-            return EightBitStack([getattr(each, EIGHT_BIT) for each in bases])
+            matrices = [getattr(each, EIGHT_BIT) for each in bases]
+            stack = EightBitStack(matrices)
+            for weight, matrix in zip(self.weights, matrices, strict=True):
+                weight.data = matrix.values
+            return stack
         if all(type(each) is nn.Linear for each in bases):
             made.undoing(self._release)
             return Dense(self.weights, room)
         return FourBitStack([from_bitsandbytes(each.weight) for each in bases])
-
-    def begin_with(self, decoder: nn.Module, made: Replacements) -> None:
-        """Has every pass of this module begin a pass of the group."""
-        hook = decoder.register_forward_pre_hook(lambda *_: self.lora.begin_pass())
-        made.undoing(hook.remove)
 
     def _release(self) -> None:
         # The copy of B may be a part of the weights' buffer, and would keep all of it.
@@ -105,9 +104,16 @@ class Group:
         return True
 
 
-def fuse_linears(group: Group, made: Replacements, what: str) -> None:
-    """Gives the layers one product. The first that is called makes the outputs of all; the others take theirs."""
-    waiting: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+Waiting = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""Outputs that wait for the call of their layer, by its place in the group: (the input they were made of, output)."""
+
+
+def fuse_linears(group: Group, made: Replacements, what: str) -> Waiting:
+    """Gives the layers one product. The first that is called makes the outputs of all; the others take theirs.
+
+    What is put into the mapping that it gives is taken by the layer that is called with that very input.
+    """
+    waiting: Waiting = {}
 
     def forward_of(index: int) -> Any:
         def forward(self: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -127,6 +133,7 @@ def fuse_linears(group: Group, made: Replacements, what: str) -> None:
     for i, layer in enumerate(group.layers):
         made.forward(layer, forward_of(i))
     made.counts[what] += 1
+    return waiting
 
 
 def fuse_mlp(

@@ -21,14 +21,23 @@ from axolotl.errors import EnvironmentProblem, ModelError, Problem
 from axolotl.kernels.cross_entropy import linear_cross_entropy, plain_linear_cross_entropy
 from axolotl.kernels.fp8 import has_scaled_gemm
 from axolotl.kernels.gates import gated, plain_gated
-from axolotl.kernels.norms import plain_rms_norm, rms_norm
+from axolotl.kernels.lora import refresh
+from axolotl.kernels.norms import Norm, plain_rms_norm, rms_norm
 from axolotl.kernels.rotary import plain_rotary, rotary
 from axolotl.kernels.triton_language import installed, interpreted
+from axolotl.model.decoder_layers import (
+    PROJECTIONS,
+    Halves,
+    frozen_norm,
+    fuse_decoder_layer,
+    halves_deviate,
+    is_pre_norm,
+)
 from axolotl.model.fused_loss import TOLERANCE, fuse_loss, same_loss, unfit
-from axolotl.model.lora_layers import Group, fuse_linears, fuse_mlp, hold_in_eight_bits, misfit
+from axolotl.model.lora_layers import Group, Waiting, fuse_linears, fuse_mlp, hold_in_eight_bits, misfit
 from axolotl.model.replace import Replacements, with_global
-from axolotl.model.shapes import GatedMlp, Norm, mlp_of, norm_of, rotary_of
-from axolotl.model.trust import deviation
+from axolotl.model.shapes import GatedMlp, mlp_of, norm_of, rotary_of
+from axolotl.model.trust import LIMITS, deviation
 
 
 @dataclass
@@ -47,6 +56,10 @@ class Bench:
     """Why LoRA keeps PEFT's code whatever the keys say; empty where it need not."""
     strict: bool = False
     made: Replacements = field(default_factory=Replacements)
+    groups: dict[nn.Module, Group] = field(default_factory=dict)
+    """The LoRA layers that have our products, each with its group."""
+    waiting: dict[nn.Module, Waiting] = field(default_factory=dict)
+    """What `fuse_linears` gave, by the first layer of the group."""
     _trials: dict[Any, str] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set)
 
@@ -81,6 +94,11 @@ class Bench:
         made = torch.randn(*shape, generator=draw, device=self.device).to(self.dtype)
         return made.requires_grad_(grad)
 
+    def begin_pass(self) -> None:
+        """A pass of the model begins: its adapters may have changed."""
+        groups = {id(group): group for group in self.groups.values() if group.ready()}
+        refresh([group.lora for group in groups.values()], self.dtype)
+
     @property
     def rows(self) -> int:
         """Tokens of a trial: those of the run, as far as a trial stays short."""
@@ -105,6 +123,10 @@ def apply_kernels(bench: Bench) -> Replacements:
     for patch in PATCHES:
         if any(getattr(bench.kernels, key) for key in patch.keys):
             patch.apply(bench)
+    if bench.groups:
+        # Not the model itself: PEFT calls its forward without its hooks.
+        hook = bench.model.base_model.register_forward_pre_hook(lambda *_: bench.begin_pass())
+        bench.made.undoing(hook.remove)
     if bench.made.counts:
         listed = ", ".join(f"{count} × {what}" for what, count in sorted(bench.made.counts.items()))
         note(f"Kernels: {listed}.")
@@ -260,7 +282,7 @@ def _mlps(bench: Bench) -> Iterator[tuple[nn.Module, GatedMlp]]:
 # LoRA
 
 
-def _groups(bench: Bench, what: str, *sets: list[nn.Module]) -> list[Group] | None:
+def _groups(bench: Bench, what: str, *sets: list[nn.Module], fold: bool = True) -> list[Group] | None:
     """A group for each set of layers, or None, told, where some layer does not fit."""
     if bench.plain_lora:
         bench.tell(f"{what}: {bench.plain_lora}, and PEFT's own code computes the same.")
@@ -270,13 +292,12 @@ def _groups(bench: Bench, what: str, *sets: list[nn.Module]) -> list[Group] | No
         if why:
             bench.tell(f"{what} keeps PEFT's own code in some layers: {why}.")
             return None
-    return [_group(bench, layers, fold=True) for layers in sets]
+    return [_group(bench, layers, fold=fold) for layers in sets]
 
 
 def _group(bench: Bench, layers: list[nn.Module], *, fold: bool) -> Group:
     group = Group(layers, bench.made, fold=fold)
-    # Not the model itself: PEFT calls its forward without its hooks.
-    group.begin_with(bench.model.base_model, bench.made)
+    bench.groups.update(dict.fromkeys(layers, group))
     return group
 
 
@@ -288,25 +309,60 @@ def _lora_mlp(bench: Bench) -> None:
             fuse_mlp(module, mlp, groups[0], groups[1], bench.made, "LoRA feed-forward layer")
 
 
-def _projections(bench: Bench, names: tuple[str, ...], what: str, key: str) -> None:
+def _projections(bench: Bench, names: tuple[str, ...], what: str, key: str, *, fold: bool) -> None:
     found = False
     for module in list(bench.model.modules()):
         layers = [getattr(module, name, None) for name in names]
         if all(isinstance(each, nn.Module) for each in layers):
             found = True
-            groups = _groups(bench, f"`{key}`", layers)  # type: ignore[arg-type]
+            groups = _groups(bench, f"`{key}`", layers, fold=fold)  # type: ignore[arg-type]
             if groups is not None:
-                fuse_linears(groups[0], bench.made, what)
+                bench.waiting[layers[0]] = fuse_linears(groups[0], bench.made, what)  # type: ignore[index]
     if not found:
         bench.tell(f"`{key}`: this model has no layers {', '.join(names)}.")
 
 
 def _lora_qkv(bench: Bench) -> None:
-    _projections(bench, ("q_proj", "k_proj", "v_proj"), "LoRA query, key and value", "lora_qkv_kernel")
+    _projections(
+        bench, ("q_proj", "k_proj", "v_proj"), "LoRA query, key and value", "lora_qkv_kernel", fold=True
+    )
 
 
 def _lora_o(bench: Bench) -> None:
-    _projections(bench, ("o_proj",), "LoRA output projection", "lora_o_kernel")
+    # Folded, it would keep a copy of what the attention keeps anyway.
+    _projections(bench, ("o_proj",), "LoRA output projection", "lora_o_kernel", fold=False)
+
+
+def _decoder(bench: Bench) -> None:
+    """Whole halves of decoder layers, where every adapter in them has our product already."""
+    kernels = bench.kernels
+    if not (kernels.lora_mlp_kernel and kernels.lora_qkv_kernel and kernels.lora_o_kernel):
+        return
+    for layer in list(bench.model.modules()):
+        halves = _halves(bench, layer) if is_pre_norm(layer) else None
+        if halves is None:
+            continue
+
+        def trial(layer: nn.Module = layer, halves: Halves = halves) -> str:
+            # PEFT's code does not round activations to 8 bits.
+            limit = 0.15 if halves.gate_up.lora.base.eight_bit else LIMITS.get(bench.dtype, 1e-4)
+            h = bench.random(bench.rows, halves.gate_up.lora.K, grad=False)
+            return halves_deviate(layer, halves, h, limit)
+
+        if bench.trusts("decoder layers with LoRA", ("decoder", halves.key), trial):
+            fuse_decoder_layer(layer, halves, bench.made, "LoRA decoder layer")
+
+
+def _halves(bench: Bench, layer: Any) -> Halves | None:
+    first, second = frozen_norm(layer.input_layernorm), frozen_norm(layer.post_attention_layernorm)
+    attention, mlp = layer.self_attn, mlp_of(layer.mlp)
+    if first is None or second is None or mlp is None:
+        return None
+    q, k, v, o = (getattr(attention, name) for name in PROJECTIONS)
+    qkv, output, gate_up, down = (bench.groups.get(each) for each in (q, o, mlp.gate, mlp.down))
+    if qkv is None or output is None or gate_up is None or down is None or qkv.layers != [q, k, v]:
+        return None
+    return Halves(first, second, qkv, bench.waiting[q], output, gate_up, down, mlp)
 
 
 def _eight_bit(bench: Bench) -> None:
@@ -334,6 +390,7 @@ PATCHES: tuple[Patch, ...] = (
     Patch(("lora_mlp_kernel",), _lora_mlp),
     Patch(("lora_qkv_kernel",), _lora_qkv),
     Patch(("lora_o_kernel",), _lora_o),
+    Patch(("lora_o_kernel",), _decoder),
     Patch(("liger_glu_activation",), _gates),
     Patch(("liger_rms_norm",), _norms),
     Patch(("liger_rope",), _rotary),

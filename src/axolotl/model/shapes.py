@@ -15,18 +15,9 @@ from torch import nn
 from torch.func import functional_call
 
 from axolotl.kernels.gates import ACTIVATIONS, activation
-from axolotl.kernels.norms import plain_rms_norm
+from axolotl.kernels.norms import Norm, plain_rms_norm
 from axolotl.kernels.rotary import plain_rotary
 from axolotl.model.replace import own_forward
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A root-mean-square norm; see `axolotl.kernels.norms.rms_norm`."""
-
-    eps: float
-    offset: float
-    round_first: bool
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,11 @@ def deviation(op: Op, twin: Op, inputs: Sequence[torch.Tensor]) -> str:
         raise
     except Exception as error:  # a compiler's errors have no common base
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    return difference(found, expected, limit)
+
+
+def difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], limit: float) -> str:
+    """Which result is not finite, or further from what was expected than `limit`, relative; empty if none is."""
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         if not bool(torch.isfinite(a).all()):
             return f"result {i} is not finite"
