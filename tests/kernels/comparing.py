@@ -14,7 +14,7 @@ def outputs_and_gradients(op: Op, inputs: Sequence[torch.Tensor], seed: int = 0)
     out = op(*inputs)
     outs = out if isinstance(out, tuple) else (out,)
     draw = torch.Generator().manual_seed(seed)
-    incoming = [torch.randn(o.shape, generator=draw, dtype=torch.float64).to(o.dtype) for o in outs]
+    incoming = [torch.randn(o.shape, generator=draw, dtype=torch.float64).to(o.device, o.dtype) for o in outs]
     wanted = [x for x in inputs if x.requires_grad]
     grads = torch.autograd.grad(outs, wanted, incoming, allow_unused=True)
     return [*(o.detach() for o in outs), *(g for g in grads if g is not None)]
