@@ -220,10 +220,16 @@ def run_axolotl(config: Path, warm: int) -> dict[str, Any]:
 
 
 def run_peer(kind: str, config: Path, warm: int) -> dict[str, Any]:
+    """`PEER_SITE`: a folder of packages that unsloth finds first, where it wants others than we do."""
+    site = os.environ.get("PEER_SITE")
+    env = dict(os.environ)
+    if kind == "unsloth" and site:
+        env["PYTHONPATH"] = os.pathsep.join([site, env.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("peers.py")), kind, str(config), str(warm)],
         capture_output=True,
         text=True,
+        env=env,
     )
     if done.returncode:
         return {"error": done.stderr[-3000:]}
