@@ -106,11 +106,12 @@ def test_4_bit_weights(N, K, nested, dtype):
     matrix = four_bit(N, K, nested)
     tensors = {k: v.cuda() for k, v in vars(matrix).items() if isinstance(v, torch.Tensor)}
     here = type(matrix)(**{**vars(matrix), **tensors})
-    expected = plain_dequantize(here, dtype)
-    assert torch.equal(dequantize(here, dtype), expected)
+    found = dequantize(here, dtype)
+    # The GPU multiplies and adds in one.
+    assert error(found, plain_dequantize(here, torch.float32)) < (1e-6 if dtype is torch.float32 else 2**-8)
     wide = torch.full((N, K + 16), 5.0, dtype=dtype, device="cuda")
     dequantize(here, dtype, wide[:, :K])
-    assert torch.equal(wide[:, :K], expected)
+    assert torch.equal(wide[:, :K], found)
     assert bool((wide[:, K:] == 5).all())
 
 
@@ -194,7 +195,8 @@ def test_halves_of_a_decoder_layer(T, H, A, M, r, kind, tolerance):
         return plain_rms_norm(h, weight.to(h), norm.eps)
 
     def twin_first(h, *low):
-        return tuple(plain_lora(normed(h), p[0].to(h), low[i], low[3 + i], p[3]) for i, p in enumerate(qkv))
+        made = [plain_lora(normed(h), p[0].to(h), low[i], low[3 + i], p[3]) for i, p in enumerate(qkv)]
+        return (*made, h * 1)
 
     h = random(T, H, dtype=dtype)
     assert_like_twin(
@@ -247,13 +249,13 @@ def test_lora_layers_alone(kind):
 
 
 def test_the_scaled_product_of_the_gpu_is_that_of_the_numbers():
-    x, w = random(200, 256, grad=False), random(512, 256, seed=1, grad=False)
+    x, w = random(200, 256, dtype=torch.bfloat16, grad=False), random(512, 256, seed=1, grad=False)
     stack = EightBitStack([EightBit(w[:128]), EightBit(w[128:])])
     exact = (
         dequantize_rows(*quantize_rows(x), torch.float32)
         @ dequantize_rows(stack.values, stack.scale, torch.float32).t()
     )
-    assert error(stack.product(x.bfloat16()), exact) < 2e-2
+    assert error(stack.product(x), exact) < 2e-2
     dy = random(200, 512, seed=2, grad=False)
     assert (
         error(stack.gradient(dy.bfloat16()), dy @ dequantize_rows(stack.values, stack.scale, torch.float32))

@@ -28,10 +28,11 @@ def first_half(norm: Norm, shape: tuple[int, ...], sizes: list[int], folded: boo
 
     def twin(h, *low):
         x, count = normed(h, weight, norm), len(parts)
-        return tuple(
+        made = [
             plain_lora(x, w.to(x), low[i], low[count + i], s, None if c is None else c.to(x))
             for i, (w, _, _, s, c) in enumerate(parts)
-        )
+        ]
+        return (*made, h * 1)
 
     op = lambda h, *low: norm_linears(h, weight, norm, group)  # noqa: E731
     assert_like_twin(op, twin, [torch.randn(*shape, requires_grad=True), *group.parameters], 3e-5)

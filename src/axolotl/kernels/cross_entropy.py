@@ -69,7 +69,9 @@ def linear_cross_entropy(
     divisor = torch.as_tensor(items, dtype=torch.float32, device=x.device)
     T, V = x.shape[0], weight.shape[0]
     most = CHUNK_LOGITS.get(x.device.type, CHUNK_LOGITS["cuda"])
-    length = -(-T // chunks) if chunks else max(1, most // V)
+    # Of equal length, so that the last one is not a stub.
+    count = chunks or -(-T * V // max(most, V)) or 1
+    length = -(-T // count)
     use_triton = runs_on(x) if triton is None else triton
     options = (ignore_index, softcap, scale, max(1, min(length, T)), use_triton, compute_dtype(x))
     loss: torch.Tensor = _LinearCrossEntropy.apply(x, weight, bias, targets, divisor, options)

@@ -1,7 +1,7 @@
 """The two halves of a pre-norm decoder layer around its attention, each with its LoRA layers, as one pass that keeps the
 least: norm with query, key and value in front; output projection, residual, norm and gated feed-forward layer behind.
 
-    q, k, v = norm_linears(h, ...);  h = output_and_mlp(attention(q, k, v), h, ...)
+    q, k, v, h = norm_linears(h, ...);  h = output_and_mlp(attention(q, k, v), h, ...)
 
 Norms write into the buffers that the products read, residuals ride in the products and in the norms' backward passes,
 and 8-bit copies are made where their numbers are made anyway.
@@ -22,8 +22,10 @@ from axolotl.kernels.norms import Norm, norm_backward, norm_into
 def norm_linears(
     h: torch.Tensor, weight: torch.Tensor, norm: Norm, group: LoraGroup
 ) -> tuple[torch.Tensor, ...]:
-    """h [...,H] normed and through all layers of the group: one [...,N_i] for each. The norm's weight [H] is frozen.
+    """h [...,H] normed and through all layers of the group: one [...,N_i] for each, and h as it is. The norm's weight [H]
+    is frozen.
 
+    Whoever goes on with the h that is given back has its gradient added where that of the norm is made.
     Gradients for h and the adapters; once.
     """
     outs = _NormLinears.apply(h.reshape(-1, group.K), weight, norm, group, *group.parameters)
@@ -46,20 +48,23 @@ class _NormLinears(torch.autograd.Function):
             y = group.product(buffer, q)
         ctx.save_for_backward(h, weight, inverse, buffer)
         ctx.group, ctx.offset = group, norm.offset
-        return outputs(y, group)
+        ctx.set_materialize_grads(False)
+        return (*outputs(y, group), h.view_as(h))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         h, weight, inverse, buffer = ctx.saved_tensors
         group: LoraGroup = ctx.group
         x, low = buffer[:, : group.K], buffer[:, group.K :]
         with torch.autocast(h.device.type, enabled=False):
-            dy = incoming(grads)
+            *of_outputs, residual = grads
+            shapes = zip(of_outputs, group.columns, strict=True)
+            dy = incoming([x.new_zeros(len(x), n1 - n0) if d is None else d for d, (n0, n1) in shapes])
             dx, g = group.input_gradient(dy, wanted=ctx.needs_input_grad[0])
             of_weights = group.weight_gradients(dy, g, x, low)
             if dx is not None:
-                dx, _ = norm_backward(dx, h, weight, inverse, ctx.offset, None, wants_weight=False)
+                dx, _ = norm_backward(dx, h, weight, inverse, ctx.offset, residual, wants_weight=False)
         return (dx, None, None, None, *of_weights)
 
 

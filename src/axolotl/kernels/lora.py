@@ -1,6 +1,6 @@
 """LoRA (arXiv 2106.09685) on frozen linear layers: the low-rank product rides in the frozen GEMM, little is kept.
 
-`y = x W' + s (x A') B'` is `[x, x A'] @ [W, s B]'`: one GEMM with a few more columns and no second pass over the
+`y = x W' + s (x A') B'` is `[x, s x A'] @ [W, B]'`: one GEMM with a few more columns and no second pass over the
 output. Layers with the same input (query, key, value; gate, up) are one GEMM. Of a feed-forward layer the backward pass
 keeps input, gate and up; the gated value is made again.
 
@@ -61,7 +61,7 @@ class LoraGroup:
         return (dtype, *((place(p), p._version) for p in self.parameters))
 
     def low(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [R,K] of all layers, and s B [N,R] with each layer's block in its place, in this type."""
+        """s A [R,K] of all layers, and B [N,R] with each layer's block in its place, in this type."""
         if self._low is None or self._state(dtype) != self._made:
             refresh([self], dtype)
         assert self._low is not None
@@ -75,9 +75,11 @@ class LoraGroup:
             b = torch.zeros(self.N, self.R, **options) if wide is None else wide[:, self.K :]
             self._low = torch.zeros(self.R, self.K, **options), b
         a, b = self._low
-        found = [(a[r0:r1], p.detach(), 1.0) for p, (r0, r1) in zip(self.a, self.ranks, strict=True)]
-        parts = zip(self.b, self.scalings, self.columns, self.ranks, strict=True)
-        found += [(b[n0:n1, r0:r1], p.detach(), s) for p, s, (n0, n1), (r0, r1) in parts]
+        # The scaling is in a, and so in the low-rank image: the gradient of b needs no further pass.
+        parts = zip(self.a, self.scalings, self.ranks, strict=True)
+        found = [(a[r0:r1], p.detach(), s) for p, s, (r0, r1) in parts]
+        blocks = zip(self.b, self.columns, self.ranks, strict=True)
+        found += [(b[n0:n1, r0:r1], p.detach(), 1.0) for p, (n0, n1), (r0, r1) in blocks]
         self._made = self._state(dtype)
         return found
 
@@ -90,7 +92,7 @@ class LoraGroup:
         return self.base.folds
 
     def _wide(self, dtype: torch.dtype) -> torch.Tensor | None:
-        """[W, s B], [N,K+R], where the base folds."""
+        """[W, B], [N,K+R], where the base folds."""
         _, b = self.low(dtype)
         wide = self.base.widened(dtype, self.R)
         if wide is not None and not self.base.standing:
@@ -139,7 +141,7 @@ class LoraGroup:
     def input_gradient(
         self, dy: torch.Tensor, q: Quantized | None = None, *, wanted: bool = True
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """dy [T,N] to the input's gradient [T,K], None unless `wanted`, and to dy through s B, [T,R].
+        """dy [T,N] to the input's gradient [T,K], None unless `wanted`, and to dy through B, [T,R].
 
         `q`: dy in 8 bits, as the base's `incoming` makes it, where somebody has made it already.
         """
@@ -160,11 +162,23 @@ class LoraGroup:
         self, dy: torch.Tensor, g: torch.Tensor, x: torch.Tensor, low: torch.Tensor
     ) -> list[torch.Tensor]:
         """Gradients of all of a, then of all of b."""
-        of_a = torch.mm(g.t(), x)
-        found = [of_a[r0:r1].to(p.dtype) for p, (r0, r1) in zip(self.a, self.ranks, strict=True)]
-        for p, s, (n0, n1), (r0, r1) in zip(self.b, self.scalings, self.columns, self.ranks, strict=True):
-            found.append(torch.mm(dy[:, n0:n1].t(), low[:, r0:r1]).to(p.dtype) * s)
+        of_a = product_as(g.t(), x, self.a[0].dtype)
+        if len(set(self.scalings)) == 1:
+            of_a *= self.scalings[0]
+        else:
+            for s, (r0, r1) in zip(self.scalings, self.ranks, strict=True):
+                of_a[r0:r1] *= s
+        found = [of_a[r0:r1] for r0, r1 in self.ranks]
+        for p, (n0, n1), (r0, r1) in zip(self.b, self.columns, self.ranks, strict=True):
+            found.append(product_as(dy[:, n0:n1].t(), low[:, r0:r1], p.dtype))
         return found
+
+
+def product_as(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a @ b in another number type, without rounding to theirs in between where the GPU can."""
+    if a.is_cuda and a.dtype is not dtype is torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
 
 
 def refresh(groups: Sequence[LoraGroup], dtype: torch.dtype) -> None:
@@ -176,10 +190,16 @@ def refresh(groups: Sequence[LoraGroup], dtype: torch.dtype) -> None:
         pairs = [pair for group in groups for pair in group._room_for(dtype)]
         if not pairs:
             return
-        scaled = [p if s == 1.0 else None for _, p, s in pairs]
-        factors = [s for _, _, s in pairs if s != 1.0]
-        products = iter(torch._foreach_mul([p for _, p, s in pairs if s != 1.0], factors) if factors else ())
-        torch._foreach_copy_([c for c, _, _ in pairs], [next(products) if p is None else p for p in scaled])
+        # Apart, since copies into a part of a buffer are launched one by one, and would take the others with them.
+        for whole in (True, False):
+            these = [each for each in pairs if each[0].is_contiguous() is whole]
+            scaled = [(c, p, s) for c, p, s in these if s != 1.0]
+            plain = [(c, p) for c, p, s in these if s == 1.0]
+            if scaled:
+                products = torch._foreach_mul([p for _, p, _ in scaled], [s for _, _, s in scaled])
+                torch._foreach_copy_([c for c, _, _ in scaled], list(products))
+            if plain:
+                torch._foreach_copy_([c for c, _ in plain], [p for _, p in plain])
 
 
 def padded(ranks: int) -> int:

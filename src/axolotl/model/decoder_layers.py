@@ -110,7 +110,7 @@ def halves_deviate(layer: Any, halves: Halves, h: torch.Tensor, limit: float) ->
         for group in groups:
             group.forget()
         first, second = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
-        outs = norm_linears(h, first, halves.first, groups[0])
+        *outs, h = norm_linears(h, first, halves.first, groups[0])
         last = output_and_mlp(
             attended, h, groups[1], second, halves.second, groups[2], groups[3], halves.mlp.act
         )
@@ -159,7 +159,9 @@ def fuse_decoder_layer(layer: nn.Module, halves: Halves, made: Replacements, wha
         h = hidden_states
         if args or h.dtype is not compute_dtype(h) or not all(g.ready() for g in halves.groups):
             return before(hidden_states, *args, **kwargs)
-        outs = norm_linears(h, self.input_layernorm.weight, halves.first, halves.query_key_value.lora)
+        *outs, residual = norm_linears(
+            h, self.input_layernorm.weight, halves.first, halves.query_key_value.lora
+        )
         halves.waiting.update({i: (h, y) for i, y in enumerate(outs)})
         passing.append(h)
         try:
@@ -169,7 +171,7 @@ def fuse_decoder_layer(layer: nn.Module, halves: Halves, made: Replacements, wha
             halves.waiting.clear()
         return output_and_mlp(
             attended,
-            h,
+            residual,
             halves.output.lora,
             self.post_attention_layernorm.weight,
             halves.second,

@@ -94,8 +94,8 @@ def _median(values: Iterable[float]) -> float:
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
-def rows_of_step(trainer: TrainerMixin, losses: Sequence[float]) -> list[dict[str, Any]]:
-    """The micro batches of the present step on this rank: their losses, and how their rows begin.
+def rows_of_step(trainer: TrainerMixin, batches: range, losses: Sequence[float]) -> list[dict[str, Any]]:
+    """The micro batches of a step of the present epoch on this rank: their losses, and how their rows begin.
 
     `row` is a row's number in the prepared data; a row of a stream has none.
     """
@@ -103,7 +103,7 @@ def rows_of_step(trainer: TrainerMixin, losses: Sequence[float]) -> list[dict[st
     decode: Any = getattr(tokenizer, "decode", str)
     order: Any = trainer.order
     shown = []
-    for batch, loss in zip(trainer._step_batches(), losses, strict=False):
+    for batch, loss in zip(batches, losses, strict=False):
         numbered = hasattr(source, "saved_row")
         numbers = [i for each in order.bins_of(batch) for i in each] if numbered else []
         mine: list[dict[str, Any]] = []

@@ -23,6 +23,7 @@ from axolotl.data.collate import Batch, PackedCollator, Row
 from axolotl.errors import EnvironmentProblem, Problem, UserError
 from axolotl.train.anomalies import KEPT, Spike, SpikeWatch, note_down, rows_of_step
 from axolotl.train.checkpoint import write_json
+from axolotl.train.late import Arriving, StepAt, flagged_optimizer
 from axolotl.train.progress import cut_back
 
 if TYPE_CHECKING:
@@ -104,8 +105,15 @@ class Steps(_Base):
     _step_losses: list[torch.Tensor]
     _micro = 0
     _norm: Any = None
+    _judged_later: StepAt | None = None
+    late_anywhere = False
+    """For tests: figures are read late on a CPU too."""
 
     def _over_ranks(self, *numbers: int) -> list[int]:
+        raise NotImplementedError
+
+    def tell_line(self) -> None:
+        """Writes the line of the log that waits for its numbers, if one does."""
         raise NotImplementedError
 
     def begin_step(self) -> None:
@@ -227,62 +235,95 @@ class Steps(_Base):
         scaled = self.is_deepspeed_enabled and self.args.fp16
         return not scaled and getattr(self.accelerator, "scaler", None) is None
 
+    @property
+    def reads_late(self) -> bool:
+        """Whether figures are read when the next step is queued; see `axolotl.train.late`."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not self.checks_steps or sharded or flagged_optimizer(self.optimizer) is None:
+            return False
+        return self.late_anywhere or self.args.device.type == "cuda"
+
     def check_step(self) -> None:
         """Before the optimizer's step: leaves it out where loss or gradient is not finite, tells what is far above its
         usual range. Raises TrainingDiverged.
         """
         if not self.checks_steps:
             return
-        losses, norm = self._figures()
-        good = all(map(math.isfinite, losses)) and (norm is None or math.isfinite(norm))
+        figures, has_norm = self._figures()
+        late = self.reads_late
+        if late:
+            self.judge()
+            failed = (~torch.isfinite(figures).all()).float()
+            if self.args.world_size > 1:
+                # All leave the step out, or none does.
+                torch.distributed.all_reduce(failed, torch.distributed.ReduceOp.MAX)
+                figures = torch.cat((figures, torch.where(failed > 0, torch.nan, 0.0).reshape(1)))
+            flagged_optimizer(self.optimizer).found_inf = failed
+        step = StepAt(self.state.global_step + 1, self._step_batches(), Arriving(figures), has_norm)
+        self._judged_later = step
+        if not late:
+            self.judge()
+
+    def judge(self) -> None:
+        """Looks at the figures of the last step that was computed, unless it was done. Raises TrainingDiverged."""
+        at, self._judged_later = self._judged_later, None
+        if at is None:
+            return
+        values = at.figures.values()
+        late = self.reads_late
+        good = all(map(math.isfinite, values))
+        if late and self.args.world_size > 1:
+            values.pop()
+        norm = values.pop() if at.has_norm else None
         if self.is_deepspeed_enabled:
             # It has done the step already, or has left it out, on all ranks alike.
             good = not self.accelerator.optimizer_step_was_skipped
-        elif self.args.world_size > 1:
+        elif self.args.world_size > 1 and not late:
             # All leave the step out, or none does.
             good = not any(self._over_ranks(int(not good)))
         if good:
             self.bad_streak = 0
-            self._look_for_spikes(losses, norm)
+            self._look_for_spikes(at, values, norm)
             return
-        # An optimizer passes over a weight without gradient: neither it nor its state changes.
-        self.model_wrapped.zero_grad(set_to_none=True)
+        if not late:
+            # An optimizer passes over a weight without gradient: neither it nor its state changes.
+            self.model_wrapped.zero_grad(set_to_none=True)
         self.bad_steps, self.bad_streak = self.bad_steps + 1, self.bad_streak + 1
-        step = self.state.global_step + 1
-        what = "gradient" if all(map(math.isfinite, losses)) else "loss"
+        what = "gradient" if all(map(math.isfinite, values)) else "loss"
         if self.bad_steps <= KEPT:
-            self._note_down(losses, what=f"{what} is not finite")
+            self._note_down(at, values, what=f"{what} is not finite")
         limit = self.parts.train.loss_watchdog_patience or BAD_STEPS
         if self.bad_streak < limit:
             self.tell(
-                f"The {what} of step {step} is not a finite number: the step is left out ({self.bad_steps} so far)."
+                f"The {what} of step {at.step} is not a finite number: the step is left out ({self.bad_steps} so far)."
             )
             return
         file = self.parts.output_dir / "bad_batch.json"
         with contextlib.suppress(OSError):
-            shown = rows_of_step(self, losses)  # type: ignore[arg-type]
-            write_json(file, {"step": step, "not_finite": what, "micro_batches": shown})
+            shown = rows_of_step(self, at.batches, values)  # type: ignore[arg-type]
+            write_json(file, {"step": at.step, "not_finite": what, "micro_batches": shown})
+        self.tell_line()
         raise TrainingDiverged(
             Problem(
-                f"The {what} was not a finite number {self.bad_streak} times on end, at step {step} the last time.",
+                f"The {what} was not a finite number {self.bad_streak} times on end, at step {at.step} the last time.",
                 f"Look at the rows in {file}. Lower `learning_rate`, raise `warmup_steps`, or train in bf16 instead of "
                 "fp16; then resume from a checkpoint before it.",
                 code="AX1208",
             )
         )
 
-    def _figures(self) -> tuple[list[float], float | None]:
-        """The losses of the step's micro batches and the gradient's norm, fetched from the device at once."""
+    def _figures(self) -> tuple[torch.Tensor, bool]:
+        """The losses of the step's micro batches, and the gradient's norm behind them if there is one."""
         figures = [each.reshape(()).float() for each in self._step_losses]
         norm = self._norm
         if torch.is_tensor(norm):
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
             figures.append(norm.detach().reshape(()).float().to(figures[0].device))
-            *losses, length = torch.stack(figures).tolist()
-            return losses, length
-        return torch.stack(figures).tolist(), None if norm is None else float(norm)
+        elif norm is not None:
+            figures.append(torch.tensor(float(norm), device=figures[0].device))
+        return torch.stack(figures), norm is not None
 
-    def _look_for_spikes(self, losses: list[float], norm: float | None) -> None:
+    def _look_for_spikes(self, at: StepAt, losses: list[float], norm: float | None) -> None:
         found = self.spikes.look(sum(losses), norm)
         # What only one rank sees must not end the run on that rank alone; the norm is the same on all.
         counted = found if self.args.world_size <= 1 else [each for each in found if each.what != "loss"]
@@ -291,12 +332,13 @@ class Steps(_Base):
             return
         self.spikes.count += 1
         number, patience = self.spikes.count, self.parts.train.spike_patience
-        file = self._note_down(losses, spikes=found) if number <= KEPT else None
+        file = self._note_down(at, losses, spikes=found) if number <= KEPT else None
         where = f" Its rows are in {file}." if file is not None else ""
-        said = f"Step {self.state.global_step + 1} is out of the ordinary: {'; '.join(map(str, found))}"
+        said = f"Step {at.step} is out of the ordinary: {'; '.join(map(str, found))}"
         if number <= TOLD_ONE_BY_ONE or number % 10 == 0:
             self.tell(f"{said} ({number} so far).{where} [AX1207]")
         if patience is not None and self.spikes.streak >= patience:
+            self.tell_line()
             raise TrainingDiverged(
                 Problem(
                     f"{said}, the {self.spikes.streak}th step on end (`spike_patience: {patience}`).",
@@ -307,10 +349,12 @@ class Steps(_Base):
                 )
             )
 
-    def _note_down(self, losses: list[float], *, what: str = "", spikes: Sequence[Spike] = ()) -> Any:
-        line: dict[str, Any] = {"step": self.state.global_step + 1}
+    def _note_down(
+        self, at: StepAt, losses: list[float], *, what: str = "", spikes: Sequence[Spike] = ()
+    ) -> Any:
+        line: dict[str, Any] = {"step": at.step}
         line |= {"what": what} if what else {"spikes": [dataclasses.asdict(each) for each in spikes]}
-        line["micro_batches"] = rows_of_step(self, losses)  # type: ignore[arg-type]
+        line["micro_batches"] = rows_of_step(self, at.batches, losses)  # type: ignore[arg-type]
         return note_down(self.parts.output_dir, self.args.process_index, line)
 
 
@@ -332,6 +376,14 @@ class StepCheck(TrainerCallback):
 
     def on_optimizer_step(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         self.trainer.clock.add("optimizer", time.perf_counter() - self.at)
+        flagged = flagged_optimizer(self.trainer.optimizer)
+        if flagged is not None:
+            flagged.found_inf = None
+
+    def on_epoch_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
+        # The next epoch numbers its batches anew.
+        self.trainer.judge()
+        self.trainer.tell_line()
 
 
 def cut(collator: Any, bins: Sequence[Sequence[Row]], parts: int) -> list[Batch]:

@@ -39,6 +39,7 @@ from axolotl.train.anomalies import SpikeWatch
 from axolotl.train.batches import BatchSource, EpochBatches
 from axolotl.train.cadence import Cadence
 from axolotl.train.checkpoint import RunState
+from axolotl.train.late import Arriving, LineAt
 from axolotl.train.saving import Saving
 from axolotl.train.sharded import Sharded
 from axolotl.train.steps import Clock, Steps
@@ -106,6 +107,8 @@ class TrainerMixin(Sharded, Saving, Steps, _Base):
     lr_scheduler: Any
     compute_loss_func: Any
     control: Any
+    _line: LineAt | None = None
+    """A line of the log that waits for its numbers."""
 
     def __init__(self, *args: Any, parts: Parts, **kwargs: Any) -> None:
         self.parts = parts
@@ -261,24 +264,103 @@ class TrainerMixin(Sharded, Saving, Steps, _Base):
 
     # Figures
 
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: torch.Tensor,
+        grad_norm: Any,
+        model: Any,
+        trial: Any,
+        epoch: float,
+        ignore_keys_for_eval: Any,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        step = self.state.global_step
+        if self.reads_late:
+            # Telling a line takes the wish for one back.
+            wanted = self.control.should_log and step > self._globalstep_last_logged
+            self.tell_line()
+            if wanted:
+                self._line = self._line_at(tr_loss, grad_norm, learning_rate, start_time)
+                tr_loss -= tr_loss
+                self._globalstep_last_logged = step
+                self.store_flos()
+            control = self.control
+            control.should_log = False
+            ends = control.should_training_stop or control.should_epoch_stop or step >= self.state.max_steps
+            if ends or control.should_evaluate or control.should_save:
+                self.judge()
+                self.tell_line()
+        super()._maybe_log_save_evaluate(
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate
+        )
+
+    def _line_at(
+        self, tr_loss: torch.Tensor, norm: Any, learning_rate: float | None, start_time: float
+    ) -> LineAt:
+        """The line of the present step, whose numbers are still being computed."""
+        failed = self._failed_losses
+        failed = torch.zeros_like(tr_loss) if failed is None else failed.to(tr_loss)
+        if self.args.world_size > 1:
+            both = torch.stack((tr_loss.reshape(()) / self.args.world_size, failed.reshape(())))
+            torch.distributed.all_reduce(both)
+            tr_loss, failed = both.unbind()
+        length = norm if torch.is_tensor(norm) else torch.tensor(math.nan if norm is None else float(norm))
+        numbers = [
+            each.detach().reshape(()).double() for each in (tr_loss, failed, length.to(tr_loss.device))
+        ]
+        self._failed_losses = None
+        return LineAt(
+            self.state.global_step,
+            self.state.epoch,
+            self.state.global_step - self._globalstep_last_logged,
+            self._get_learning_rate() if learning_rate is None else learning_rate,
+            self.state.num_input_tokens_seen,
+            self.trained_tokens,
+            Arriving(torch.stack(numbers)),
+            start_time,
+        )
+
+    def tell_line(self) -> None:
+        line, self._line = self._line, None
+        if line is None:
+            return
+        loss, failed, *norm = line.figures.values()
+        self._total_loss_scalar += loss
+        logs = {"loss": math.nan if failed else loss / line.steps}
+        if norm:
+            logs["grad_norm"] = norm[0]
+        logs["learning_rate"] = line.learning_rate
+        logs |= self._interval(logs["loss"], line.tokens, line.trained_tokens, line.step)
+        state: Any = self.state
+        step, epoch = state.global_step, state.epoch
+        state.global_step, state.epoch = line.step, line.epoch
+        try:
+            super().log(logs, line.start_time)
+        finally:
+            state.global_step, state.epoch = step, epoch
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and "train_runtime" not in logs:
             failed = 0 if self._failed_losses is None else int(self._failed_losses)
             if any(self._over_ranks(failed)):
                 logs["loss"] = math.nan
             self._failed_losses = None
-            tokens = self.state.num_input_tokens_seen
-            rate, per_step, spent = self.clock.lap(tokens, self.state.global_step)
-            logs |= {
-                "ppl": perplexity(logs["loss"]),
-                "tokens": tokens,
-                "trained_tokens": self.trained_tokens,
-                "tokens_per_second": rate,
-                "seconds_per_step": per_step,
-                "peak_memory_gib": peak_memory_bytes() / 2**30,
-            }
-            logs |= {f"{what}_seconds": round(seconds, 6) for what, seconds in spent.items()}
+            seen, step = self.state.num_input_tokens_seen, self.state.global_step
+            logs |= self._interval(logs["loss"], seen, self.trained_tokens, step)
         super().log(logs, *args, **kwargs)
+
+    def _interval(self, loss: float, tokens: int, trained_tokens: int, step: int) -> dict[str, float]:
+        """What a line of the log says besides loss and gradient; ends the clock's interval."""
+        rate, per_step, spent = self.clock.lap(tokens, step)
+        return {
+            "ppl": perplexity(loss),
+            "tokens": tokens,
+            "trained_tokens": trained_tokens,
+            "tokens_per_second": rate,
+            "seconds_per_step": per_step,
+            "peak_memory_gib": peak_memory_bytes() / 2**30,
+        } | {f"{what}_seconds": round(seconds, 6) for what, seconds in spent.items()}
 
     # Checkpoints
 
