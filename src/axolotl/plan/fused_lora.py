@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import nn
 
 from axolotl.config.kernels import KernelsSection
 from axolotl.kernels import lora
-from axolotl.kernels.frozen import Frozen, stacked_gradient, stacked_product
+from axolotl.kernels.frozen import Frozen
+from axolotl.kernels.nf4 import FourBitStack
 from axolotl.model.lora_layers import Group, fuse_linears, fuse_mlp, misfit
 from axolotl.model.replace import Replacements
 from axolotl.model.shapes import GatedMlp
@@ -20,32 +21,20 @@ from axolotl.plan.skeleton import PackedLinear
 PROJECTIONS = {"lora_qkv_kernel": ("q_proj", "k_proj", "v_proj"), "lora_o_kernel": ("o_proj",)}
 
 
-class _Unpacked(Sequence[torch.Tensor]):
-    """Packed weights in 16 bits, each made when it is asked for."""
-
-    def __init__(self, layers: list[PackedLinear], dtype: torch.dtype) -> None:
-        self.layers, self.dtype = layers, dtype
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __getitem__(self, i: Any) -> Any:
-        return self.layers[i].unpacked(self.dtype)
-
-
-class _PackedStack:
-    """Frozen packed weights that share their input; see `axolotl.kernels.frozen.Frozen`."""
-
-    wide: torch.Tensor | None = None
+class _PackedStack(FourBitStack):
+    """Frozen packed weights that share their input."""
 
     def __init__(self, layers: list[PackedLinear]) -> None:
         self.layers = layers
+        self.N, self.K = sum(each.out_features for each in layers), layers[0].in_features
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        return stacked_product(x, _Unpacked(self.layers, x.dtype))
-
-    def gradient(self, dy: torch.Tensor) -> torch.Tensor:
-        return stacked_gradient(dy, _Unpacked(self.layers, dy.dtype))
+    def widened(self, dtype: torch.dtype, room: int) -> torch.Tensor | None:
+        wide = torch.empty(self.N, self.K + room, dtype=dtype, device=self.layers[0].weight.device)
+        start = 0
+        for each in self.layers:
+            wide[start : start + each.out_features, : self.K] = each.unpacked(dtype)
+            start += each.out_features
+        return wide
 
 
 class _Planned(Group):
@@ -66,12 +55,10 @@ def fuse_lora(model: Any, kernels: KernelsSection, mlps: list[tuple[nn.Module, G
     """
     made = Replacements()
 
-    def group(layers: list[Any]) -> _Planned | None:
+    def group(layers: list[Any], *, fold: bool = True) -> _Planned | None:
         if any(not isinstance(each, nn.Module) or misfit(each, _reached) for each in layers):
             return None
-        found = _Planned(layers, made, fold=True)
-        found.begin_with(model.base_model, made)
-        return found
+        return _Planned(layers, made, fold=fold)
 
     if kernels.lora_mlp_kernel:
         for module, mlp in mlps:
@@ -86,7 +73,7 @@ def fuse_lora(model: Any, kernels: KernelsSection, mlps: list[tuple[nn.Module, G
         if getattr(kernels, key):
             for module in list(model.modules()):
                 layers = [getattr(module, name, None) for name in names]
-                found = group(layers)
+                found = group(layers, fold=key != "lora_o_kernel")
                 if found is not None:
                     fuse_linears(found, made, "")
 
