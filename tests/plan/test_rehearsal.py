@@ -19,6 +19,7 @@ from axolotl.config.model import ModelSection
 from axolotl.config.optim import OptimSection
 from axolotl.config.train import TrainSection
 from axolotl.kernels import norms
+from axolotl.kernels.lora import padded
 from axolotl.kernels.triton_language import runs_on
 from axolotl.model.patch import Bench, apply_kernels
 from axolotl.model.recompute import Recompute, apply_recompute
@@ -334,15 +335,17 @@ def test_loras_kernels_are_rehearsed_as_they_run(tmp_path: Path, family: str, re
     rehearsed = rehearsed_bytes(path, LORA, "sdpa", recompute, kernels)
     plain = rehearsed_bytes(path, LORA, "sdpa", recompute)
     model = real_model(path, LORA, "sdpa", False)
-    # The kernels hold a copy of A for the length of a pass, in 12 pieces; that of B lies beside the weights.
-    copies = sum(p.nbytes for n, p in model.named_parameters() if "lora_A" in n)
+    # The kernels hold a copy of A, a piece per group; that of B lies beside the weights, but for the output projection's.
+    inputs = {"q_proj": (3, 64), "o_proj": (1, 64), "gate_proj": (2, 64), "down_proj": (1, 176)}
+    copies = 3 * sum(padded(4 * layers) * width * 4 for layers, width in inputs.values())
+    copies += 3 * 64 * padded(4) * 4
     if recompute:
-        assert plain + copies <= rehearsed <= plain + copies + 12 * BLOCK_BYTES
+        assert plain + copies <= rehearsed <= plain + copies + 15 * BLOCK_BYTES
         return
     made = apply_kernels(Bench(model.get_base_model(), kernels, torch.device("cpu"), torch.float32, B * T))
-    assert len(made.counts) == 3
+    assert len(made.counts) == 4
     real = saved_bytes(model) + copies
-    assert real <= rehearsed <= real + 14 * BLOCK_BYTES, f"{rehearsed:,} against {real:,}"
+    assert real <= rehearsed <= real + 15 * BLOCK_BYTES, f"{rehearsed:,} against {real:,}"
     assert rehearsed < 0.95 * plain
 
 

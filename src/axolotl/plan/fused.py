@@ -14,10 +14,11 @@ from torch import nn
 
 from axolotl.config.kernels import KernelsSection
 from axolotl.kernels import cross_entropy, gates, norms, rotary
+from axolotl.model.decoder_layers import is_pre_norm
 from axolotl.model.fused_loss import fuse_loss, unfit
 from axolotl.model.replace import Replacements, with_global
 from axolotl.model.shapes import GatedMlp, activation_of, rotary_of
-from axolotl.plan.fused_lora import fuse_lora, places_without_content
+from axolotl.plan.fused_lora import Shapes, fuse_lora, places_without_content
 from axolotl.plan.ledger import Ledger
 
 _LOSSES = (
@@ -57,8 +58,13 @@ def on_tensors(model: Any, kernels: KernelsSection) -> Callable[[], None]:
     """What gives a skeleton the kernels that move weights, to be called once these have (fake) memory."""
     if not any(getattr(kernels, key) for key in _OF_LORA):
         return lambda: None
-    mlps = [(module, mlp) for module in model.modules() if (mlp := _mlp(module)) is not None]
-    return lambda: fuse_lora(model, kernels, mlps)
+    mlps = {module: mlp for module in model.modules() if (mlp := _mlp(module)) is not None}
+    pre_norm = (
+        [layer for layer in model.modules() if is_pre_norm(layer)]
+        if all(getattr(kernels, key) for key in _OF_LORA)
+        else []
+    )
+    return lambda: fuse_lora(model, kernels, Shapes(mlps, pre_norm))
 
 
 def _is_rms_norm(module: nn.Module) -> bool:

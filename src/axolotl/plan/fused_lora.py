@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from axolotl.config.kernels import KernelsSection
 from axolotl.kernels import lora
 from axolotl.kernels.frozen import Frozen
 from axolotl.kernels.nf4 import FourBitStack
-from axolotl.model.lora_layers import Group, fuse_linears, fuse_mlp, misfit
+from axolotl.kernels.norms import Norm
+from axolotl.model.decoder_layers import PROJECTIONS as PROJECTIONS_OF_ATTENTION
+from axolotl.model.decoder_layers import Halves, fuse_decoder_layer
+from axolotl.model.lora_layers import Group, Waiting, fuse_linears, fuse_mlp, misfit
 from axolotl.model.replace import Replacements
 from axolotl.model.shapes import GatedMlp
 from axolotl.plan.skeleton import PackedLinear
@@ -29,7 +33,7 @@ class _PackedStack(FourBitStack):
         self.N, self.K = sum(each.out_features for each in layers), layers[0].in_features
 
     def widened(self, dtype: torch.dtype, room: int) -> torch.Tensor | None:
-        wide = torch.empty(self.N, self.K + room, dtype=dtype, device=self.layers[0].weight.device)
+        wide = torch.empty(self.N, self.K + room, dtype=dtype, device=self.layers[0].packed.device)
         start = 0
         for each in self.layers:
             wide[start : start + each.out_features, : self.K] = each.unpacked(dtype)
@@ -48,20 +52,34 @@ def _reached(base: Any) -> bool:
     return type(base) is nn.Linear or (isinstance(base, PackedLinear) and base.bits == 4)
 
 
-def fuse_lora(model: Any, kernels: KernelsSection, mlps: list[tuple[nn.Module, GatedMlp]]) -> None:
+@dataclass(frozen=True)
+class Shapes:
+    """What a model consists of, found before its tensors are fake."""
+
+    mlps: dict[nn.Module, GatedMlp]
+    """Its gated feed-forward layers."""
+    pre_norm: list[Any]
+    """Its decoder layers whose halves can be one pass each."""
+
+
+def fuse_lora(model: Any, kernels: KernelsSection, shapes: Shapes) -> None:
     """Gives a model on fake tensors the LoRA kernels that the keys ask for, where its layers take them.
 
-    `model` is transformers' model, without PEFT's wrapper; `mlps` are its gated feed-forward layers.
+    `model` is transformers' model, without PEFT's wrapper.
     """
     made = Replacements()
+    groups: dict[nn.Module, Group] = {}
+    waiting: dict[nn.Module, Waiting] = {}
 
-    def group(layers: list[Any], *, fold: bool = True) -> _Planned | None:
+    def group(layers: Sequence[Any], *, fold: bool = True) -> _Planned | None:
         if any(not isinstance(each, nn.Module) or misfit(each, _reached) for each in layers):
             return None
-        return _Planned(layers, made, fold=fold)
+        found = _Planned(layers, made, fold=fold)
+        groups.update(dict.fromkeys(layers, found))
+        return found
 
     if kernels.lora_mlp_kernel:
-        for module, mlp in mlps:
+        for module, mlp in shapes.mlps.items():
             fits = all(
                 not misfit(each, _reached) for each in (mlp.gate, mlp.up, mlp.down) if each is not None
             )
@@ -72,10 +90,29 @@ def fuse_lora(model: Any, kernels: KernelsSection, mlps: list[tuple[nn.Module, G
     for key, names in PROJECTIONS.items():
         if getattr(kernels, key):
             for module in list(model.modules()):
-                layers = [getattr(module, name, None) for name in names]
+                layers: list[Any] = [getattr(module, name, None) for name in names]
                 found = group(layers, fold=key != "lora_o_kernel")
                 if found is not None:
-                    fuse_linears(found, made, "")
+                    waiting[layers[0]] = fuse_linears(found, made, "")
+    for layer in shapes.pre_norm:
+        halves = _halves(layer, shapes.mlps.get(layer.mlp), groups, waiting)
+        if halves is not None:
+            fuse_decoder_layer(layer, halves, made, "")
+
+
+def _halves(
+    layer: Any, mlp: GatedMlp | None, groups: dict[nn.Module, Group], waiting: dict[nn.Module, Waiting]
+) -> Halves | None:
+    q, _, _, o = (getattr(layer.self_attn, name) for name in PROJECTIONS_OF_ATTENTION)
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    if mlp is None or any(norm.weight.requires_grad for norm in norms):
+        return None
+    qkv, output, gate_up, down = (groups.get(each) for each in (q, o, mlp.gate, mlp.down))
+    if qkv is None or output is None or gate_up is None or down is None:
+        return None
+    # What a norm computes does not matter here.
+    norm = Norm(1e-6, 0.0, True)
+    return Halves(norm, norm, qkv, waiting[q], output, gate_up, down, mlp)
 
 
 @contextmanager

@@ -61,6 +61,12 @@ class LineAt:
 
 
 def flagged_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside of accelerate's wrapper if it takes a flag on the device that leaves its step out, or None."""
+    """The optimizer inside of accelerate's wrapper if it takes a flag on the device that leaves its step out, or None.
+
+    Weights that are divided among processes keep to the way without a flag.
+    """
     inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if getattr(inner, "_step_supports_amp_scaling", False) else None
+    if not getattr(inner, "_step_supports_amp_scaling", False):
+        return None
+    whole = all(type(p.data) is torch.Tensor for group in inner.param_groups for p in group["params"])
+    return inner if whole else None

@@ -106,6 +106,7 @@ class Steps(_Base):
     _micro = 0
     _norm: Any = None
     _judged_later: StepAt | None = None
+    _late: bool | None = None
     late_anywhere = False
     """For tests: figures are read late on a CPU too."""
 
@@ -238,10 +239,12 @@ class Steps(_Base):
     @property
     def reads_late(self) -> bool:
         """Whether figures are read when the next step is queued; see `axolotl.train.late`."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if not self.checks_steps or sharded or flagged_optimizer(self.optimizer) is None:
+        if not (self.late_anywhere or self.args.device.type == "cuda") or self.optimizer is None:
             return False
-        return self.late_anywhere or self.args.device.type == "cuda"
+        if self._late is None:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            self._late = self.checks_steps and not sharded and flagged_optimizer(self.optimizer) is not None
+        return self._late
 
     def check_step(self) -> None:
         """Before the optimizer's step: leaves it out where loss or gradient is not finite, tells what is far above its
@@ -376,9 +379,8 @@ class StepCheck(TrainerCallback):
 
     def on_optimizer_step(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         self.trainer.clock.add("optimizer", time.perf_counter() - self.at)
-        flagged = flagged_optimizer(self.trainer.optimizer)
-        if flagged is not None:
-            flagged.found_inf = None
+        if self.trainer.reads_late:
+            flagged_optimizer(self.trainer.optimizer).found_inf = None
 
     def on_epoch_end(self, args: Args, state: State, control: Control, **kwargs: Any) -> None:
         # The next epoch numbers its batches anew.
