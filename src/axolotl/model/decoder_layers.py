@@ -13,14 +13,18 @@ import torch
 from torch import nn
 
 from axolotl.kernels.decoder import norm_linears, output_and_mlp
+from axolotl.kernels.decoder_tiles import Half, output_and_mlp_in_tiles
 from axolotl.kernels.gates import activation
 from axolotl.kernels.norms import Norm
 from axolotl.kernels.triton_language import compute_dtype
+from axolotl.model.frames import known
 from axolotl.model.lora_layers import Group, Waiting
 from axolotl.model.replace import Replacements, own_forward
 from axolotl.model.shapes import GatedMlp, norm_of
 from axolotl.model.trust import difference
 
+TILE = "_axolotl_tile"
+"""Attribute of a layer with these passes: from the tokens of a batch to those of a tile, or None for no tiles."""
 CHILDREN = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -169,11 +173,19 @@ def fuse_decoder_layer(layer: nn.Module, halves: Halves, made: Replacements, wha
         finally:
             passing.clear()
             halves.waiting.clear()
+        tile, weight = self.__dict__.get(TILE), self.post_attention_layernorm.weight
+        if tile is not None:
+            length = tile(h.numel() // h.shape[-1])
+            loras = halves.gate_up.lora, halves.down.lora
+            half = Half(halves.output.lora, weight, halves.second, *loras, halves.mlp.act)
+            return known(
+                lambda a, r: output_and_mlp_in_tiles(a, r, half, length), attended, residual, keeps=False
+            )
         return output_and_mlp(
             attended,
             residual,
             halves.output.lora,
-            self.post_attention_layernorm.weight,
+            weight,
             halves.second,
             halves.gate_up.lora,
             halves.down.lora,
@@ -182,3 +194,5 @@ def fuse_decoder_layer(layer: nn.Module, halves: Halves, made: Replacements, wha
 
     made.forward(attention.o_proj, output)
     made.forward(layer, forward, what)
+    setattr(layer, TILE, None)
+    made.undoing(lambda: delattr(layer, TILE))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from axolotl.kernels.gates import plain_gated
+from axolotl.model.decoder_layers import TILE as HALVES
 from axolotl.model.frames import autocast_of, drawing_again, draws, known, random_state
 from axolotl.model.replace import Replacements
 from axolotl.model.shapes import mlp_of
@@ -41,6 +42,13 @@ def tile_feed_forward(
     `replaced_only`: only layers that have a kernel. Returns how many layers were tiled; those that route tokens cannot be.
     """
     count = 0
+
+    def length(of: int) -> int:
+        return max(1, -(-of // tiles) if tiles else tokens)
+
+    for layer in list(model.modules()):
+        if HALVES in layer.__dict__:
+            _tile_half(layer, length, made)
     for name, module in list(model.named_modules()):
         if name.rpartition(".")[2] not in NAMES or not _token_by_token(module):
             continue
@@ -51,6 +59,17 @@ def tile_feed_forward(
             made.forward(module, tiled_forward(module, inner, tiles, tokens), "tiled feed-forward layer")
             count += 1
     return count
+
+
+def _tile_half(layer: nn.Module, length: Callable[[int], int], made: Replacements) -> None:
+    """Has the fused half of a layer behind its attention work in tiles; its feed-forward layer is not called then."""
+    setattr(layer, HALVES, length)
+
+    def undo() -> None:
+        if HALVES in layer.__dict__:
+            setattr(layer, HALVES, None)
+
+    made.undoing(undo)
 
 
 def _token_by_token(module: nn.Module) -> bool:
