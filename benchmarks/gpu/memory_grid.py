@@ -28,7 +28,6 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from grid_points import grid  # noqa: E402
-
 from speed import versions  # noqa: E402
 
 IMPORT_SECONDS = 180
