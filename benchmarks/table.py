@@ -81,17 +81,33 @@ def table() -> str:
             merging,
         ),
     ]
-    gpu = result("gpu-train")
+    gpu, other = result("gpu-speed"), result("gpu-speed-h100")
+    ours = {row: runs["axolotl"] for row, runs in gpu["rows"].items()}
+    card = next(iter(gpu["starts"].values()))["card"]
+    work = {
+        "lora-8b": "8B LoRA r=32, 2 × 4096",
+        "lora-8b-recompute": "the same with `gradient_checkpointing: true`",
+        "lora-8b-fp8": "the same with `lora_fp8_base: true`, without recomputing",
+        "qlora-8b": "8B QLoRA r=32, 2 × 4096",
+    }
+    command = "gpu/speed.py --out benchmarks/results/gpu-speed.json"
     more = [
-        *(
-            (
-                f"{what}, tokens/s on one {gpu['gpu']}; a bare transformers + PEFT loop's",
-                f"{gpu['rows'][row]['axolotl']['tokens_per_second']:,}; {gpu['rows'][row]['plain']['tokens_per_second']:,}",
-                "gpu/train.py --out benchmarks/results/gpu-train.json",
-            )
-            for row, what in (("lora-8b", "8B LoRA r=32, 2 × 4096"), ("full-1b", "1B, all weights, 4 × 4096"))
-        ),
+        (
+            f"{what}: tokens/s and peak memory on one {card}",
+            f"{ours[row]['tokens_per_second']:,}; {ours[row]['peak_gib']:.1f} GiB",
+            command,
+        )
+        for row, what in work.items()
+        if row in ours
     ]
+    beside = other["rows"]["lora-8b"]
+    more.append(
+        (
+            "8B LoRA r=32, 2 × 4096: tokens/s of an earlier commit on one NVIDIA H100; Unsloth's bare loop, same start",
+            f"{beside['axolotl']['tokens_per_second']:,}; {beside['unsloth']['tokens_per_second']:,}",
+            "gpu/speed.py --out benchmarks/results/gpu-speed-h100.json",
+        )
+    )
     lines = ["| what | figure | command |", "|---|---|---|"]
     lines += [
         f"| {what} | {figure} | `python benchmarks/{made['benchmark']}.py` |" for what, figure, made in rows
@@ -100,7 +116,7 @@ def table() -> str:
     machine = startup["machine"]
     lines += [
         "",
-        f"On {machine['cpus']} cores of an {machine['processor']}, torch {startup['versions']['torch']}; times are the best of several; the GPU rows with torch {gpu['versions']['torch']}.",
+        f"On {machine['cpus']} cores of an {machine['processor']}, torch {startup['versions']['torch']}; times are the best of several; the GPU rows with torch {next(iter(gpu['starts'].values()))['versions']['torch']}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -207,7 +207,8 @@ def run_axolotl(config: Path, warm: int) -> dict[str, Any]:
     if done.returncode:
         return {"error": (done.stderr or done.stdout)[-3000:]}
     lines = (Path(settings["output_dir"]) / "run.jsonl").read_text().splitlines()
-    steps = [line for line in map(json.loads, lines) if line.get("kind") == "train"]
+    # A line is written when the next step is queued; the last has none, and would seem short.
+    steps = [line for line in map(json.loads, lines) if line.get("kind") == "train"][:-1]
     return {
         "times": [line["time"] for line in steps][warm - 1 :],
         "tokens": [b["tokens"] - a["tokens"] for a, b in itertools.pairwise(steps)][warm - 1 :],

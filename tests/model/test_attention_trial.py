@@ -8,11 +8,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from axolotl.model import attention_trial, varlen
 from axolotl.model.attention import _kernel, packed_attention, use_kernel
 from axolotl.model.attention_trial import Timing, Work, describe, fastest, measure
-from axolotl.model.varlen import VARLEN, kernel, on_host, unusable
+from axolotl.model.varlen import VARLEN, kernel, on_host, steady_length, unusable
 from kernels.comparing import assert_like_twin
 
 WORK = Work("cpu", torch.float32, 4, 2, 8, (0, 5, 5, 6, 40, 64))
@@ -158,3 +160,32 @@ def test_a_choice_is_used_and_taken_back():
 def test_the_cache_is_where_the_system_wants_it(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert attention_trial.cache_file() == tmp_path / "axolotl" / "attention.json"
+
+
+@given(st.integers(0, 100_000))
+def test_rows_of_about_one_length_are_filled_up_to_one(tokens):
+    filled = steady_length(tokens)
+    assert tokens <= filled <= tokens + max(127, tokens // 4)
+    assert steady_length(filled) == filled
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_flex_attention_fills_rows_up_and_keeps_documents_apart(window):
+    lengths = [1, 40, 7, 93]
+    cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    q, k, v = (
+        torch.randn(sum(lengths), heads, 16, generator=torch.Generator().manual_seed(heads + i))
+        for i, heads in enumerate((4, 2, 2))
+    )
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        run = VARLEN["flex"].load()
+        assert run is not None
+        found = run(q, k, v, cu, 93, None, window)
+    at = torch.arange(sum(lengths))
+    document = torch.bucketize(at, cu[1:].long(), right=True)
+    seen = (document[:, None] == document[None]) & (at[:, None] >= at[None])
+    if window:
+        seen &= at[:, None] - at[None] < window
+    whole = (x.transpose(0, 1)[None] for x in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(*whole, attn_mask=seen, enable_gqa=True)
+    assert torch.allclose(found, expected[0].transpose(0, 1), atol=1e-5)

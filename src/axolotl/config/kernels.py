@@ -15,8 +15,9 @@ class KernelsSection(Section):
 
     title: ClassVar[str] = "Kernels and losses"
 
-    fused_kernels: bool = False
-    """Ask for every kernel of ours that fits: norms, rotary embedding, gated activations, LoRA and the loss."""
+    fused_kernels: bool | None = None
+    """Every kernel of ours that fits: norms, rotary embedding, gated activations, LoRA and the loss. Unset: on an NVIDIA
+    GPU of the Ampere generation or newer, where neither weights nor rows are divided among GPUs."""
     lora_fp8_base: bool = False
     """Hold the frozen weights under LoRA in 8-bit floats and multiply in them (experimental; needs a Hopper GPU)."""
     lora_mlp_kernel: bool | None = None

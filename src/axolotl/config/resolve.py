@@ -13,6 +13,9 @@ SEED = 42
 MAX_PROCESSES = 16
 
 
+FUSED = "`fused_kernels` asks for it"
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """What the machine can do. Memory is in bytes, one number per GPU."""
@@ -139,6 +142,21 @@ def _compile(cfg: Config, hardware: Hardware) -> list[Resolution]:
     return [Resolution("torch_compile", on, reason)]
 
 
+def _fused(cfg: Config, hardware: Hardware) -> list[Resolution]:
+    if cfg.kernels.fused_kernels is not None or not hardware.tf32 or cfg.model.trust_remote_code:
+        return []
+    spread = cfg.distributed
+    divided = (
+        spread.fsdp_config
+        or spread.fsdp_version
+        or spread.deepspeed
+        or max(spread.tensor_parallel_size or 1, spread.context_parallel_size or 1) > 1
+    )
+    if divided or cfg.train.torch_compile is True:
+        return []
+    return [Resolution("fused_kernels", True, "this GPU runs them, and each is tried before it is used")]
+
+
 def _losses(cfg: Config, hardware: Hardware) -> list[Resolution]:
     kernels = cfg.kernels
     others = (
@@ -150,7 +168,7 @@ def _losses(cfg: Config, hardware: Hardware) -> list[Resolution]:
         if has_plugin(cfg, "cut_cross_entropy"):
             return [Resolution("cut_cross_entropy", True, "its plugin is listed")]
         if kernels.fused_kernels:
-            return [Resolution("cut_cross_entropy", True, "`fused_kernels` asks for it")]
+            return [Resolution("cut_cross_entropy", True, FUSED)]
     return []
 
 
@@ -162,7 +180,7 @@ def _kernels(cfg: Config, hardware: Hardware) -> list[Resolution]:
         cfg.model.load_in_8bit or cfg.model.trust_remote_code
     ):
         wanted += ["lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"]
-    return [Resolution(k, True, "`fused_kernels` asks for it") for k in wanted if cfg.get(k) is None]
+    return [Resolution(k, True, FUSED) for k in wanted if cfg.get(k) is None]
 
 
 def _tracking(cfg: Config, hardware: Hardware) -> list[Resolution]:
@@ -208,6 +226,7 @@ _STEPS: tuple[Callable[[Config, Hardware], list[Resolution]], ...] = (
     _distributed,
     _memory,
     _compile,
+    _fused,
     _losses,
     _kernels,
     _tracking,

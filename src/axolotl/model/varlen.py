@@ -110,7 +110,8 @@ def _flex() -> Run | None:
     @functools.cache
     def masks(window: int | None) -> Remembered:
         def make(cu: torch.Tensor) -> Any:
-            tokens = on_host(cu)[-1]
+            # Behind the documents stands one more, of what fills the row up.
+            tokens = steady_length(on_host(cu)[-1])
             at = torch.arange(tokens, device=cu.device)
             document = torch.bucketize(at, cu[1:].long(), right=True)
 
@@ -125,13 +126,22 @@ def _flex() -> Run | None:
     def run(
         q: Any, k: Any, v: Any, cu: Any, longest: int, scale: float | None, window: int | None
     ) -> torch.Tensor:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        tokens = q.shape[0]
+        filled = steady_length(tokens) - tokens
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, filled)).transpose(0, 1)[None] for x in (q, k, v))
         out = compiled(
             q, k, v, block_mask=masks(window)(cu), scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-        return _one(out)[0].transpose(0, 1)
+        return _one(out)[0].transpose(0, 1)[:tokens]
 
     return run
+
+
+def steady_length(tokens: int) -> int:
+    """The length to which a row is filled up so that rows of about one length are of just one: what is compiled for a
+    length would be compiled anew for each other. At most an eighth is added, beyond 128 tokens."""
+    step = max(128, (1 << max(tokens - 1, 0).bit_length()) // 8)
+    return -(-tokens // step) * step
 
 
 def _places(cu: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
