@@ -6,6 +6,7 @@ their outputs made, and its output projection lets its input through, to be made
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,14 +61,16 @@ def is_pre_norm(layer: nn.Module) -> bool:
         return False
     if not all(hasattr(children["self_attn"], name) for name in PROJECTIONS):
         return False
-    made = Replacements()
+    made, training = Replacements(), layer.training
     x = torch.tensor([[[1.0, -2.0, 0.5]]])
+    # Dropout that the layer's own code does shows in training alone.
+    layer.training = True
     try:
         made.forward(children["input_layernorm"], lambda self, h: h * 3 + 1)
         made.forward(children["self_attn"], lambda self, hidden_states, **_: (hidden_states * 5 - 2, None))
         made.forward(children["post_attention_layernorm"], lambda self, h: h * 7 + 3)
         made.forward(children["mlp"], lambda self, h: h * 11 - 5)
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             out = type(layer).forward(
                 layer, x, attention_mask=None, position_ids=None, position_embeddings=None
             )
@@ -75,8 +78,53 @@ def is_pre_norm(layer: nn.Module) -> bool:
         return False
     finally:
         made.undo()
+        layer.training = training
     middle = x + (x * 3 + 1) * 5 - 2
-    return isinstance(out, torch.Tensor) and torch.allclose(out, middle + (middle * 7 + 3) * 11 - 5)
+    same = isinstance(out, torch.Tensor) and torch.allclose(out, middle + (middle * 7 + 3) * 11 - 5)
+    return same and only_attends(children["self_attn"])
+
+
+def only_attends(attention: Any) -> bool:
+    """Whether query, key and value are projections of an attention's input as it is, and its result is what its output
+    projection gives as it is; found by calling it with stand-ins, as in training.
+
+    Otherwise the passes would leave out what stands between, such as a dropout behind the output projection.
+    """
+    made, training, config = Replacements(), attention.training, getattr(attention, "config", None)
+    device = next(attention.parameters()).device
+    x, end, ones = (torch.ones(1, 2, 1, device=device) for _ in range(3))
+    given: list[bool] = []
+
+    def projection(width: int) -> Any:
+        def stand_in(self: nn.Module, h: torch.Tensor) -> torch.Tensor:
+            given.append(h is x)
+            return torch.ones(1, 2, width, device=device)
+
+        return stand_in
+
+    try:
+        for name in PROJECTIONS[:3]:
+            layer = getattr(attention, name)
+            made.forward(layer, projection(layer.out_features))
+        made.forward(attention.o_proj, lambda self, h: end)
+        attention.training = True
+        if config is not None:
+            # Other ways of attention need a GPU, or know packed rows only; the config is that of all layers.
+            attention.config = copy.deepcopy(config)
+            attention.config._attn_implementation = "eager"
+        with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            # No turning: cosines of one and sines of zero, for any width of a head.
+            out = type(attention).forward(
+                attention, hidden_states=x, position_embeddings=(ones, ones * 0), attention_mask=None
+            )
+    except Exception:  # an attention that wants something else is another kind
+        return False
+    finally:
+        made.undo()
+        attention.training = training
+        if config is not None:
+            attention.config = config
+    return isinstance(out, tuple) and out[0] is end and given == [True] * 3
 
 
 def frozen_norm(module: nn.Module) -> Norm | None:

@@ -104,8 +104,10 @@ def _acts_like(module: nn.Module, mlp: GatedMlp, width: int) -> bool:
     random = [m for m in module.modules() if isinstance(m, nn.Dropout) and m.training]
     for each in random:
         each.eval()
+    # Dropout that the module's own code does is a part of what it does, and shows in training alone.
+    training, module.training = module.training, True
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             gate = mlp.gate(x)
             gate, up = gate.chunk(2, dim=-1) if mlp.up is None else (gate, mlp.up(x))
             expected = mlp.down(activation(mlp.act, gate) * up)
@@ -113,6 +115,7 @@ def _acts_like(module: nn.Module, mlp: GatedMlp, width: int) -> bool:
     except (RuntimeError, TypeError, ValueError):
         return False
     finally:
+        module.training = training
         for each in random:
             each.train()
     return isinstance(out, torch.Tensor) and bool(
