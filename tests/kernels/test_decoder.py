@@ -91,6 +91,27 @@ def test_halves_with_the_programs(interpreter, norm):
     second_half(norm, (1, 5), 3, 2, False, "gelu_tanh")
 
 
+@pytest.mark.extras
+def test_gradients_that_are_one_number_everywhere(interpreter):
+    H = 8
+    parts = layers(H, [5], [2])
+    weight = torch.rand(H) + 0.5
+    found = []
+    for together in (True, False):
+        h = torch.linspace(-1, 1, 3 * H).view(3, H).requires_grad_()
+        y, residual = norm_linears(h, weight, LLAMA, group_of(parts, True))
+        if together:
+            y.sum().backward(inputs=[h], retain_graph=True)
+            # The gradient of a sum is one number in the memory.
+            residual.sum().backward(inputs=[h])
+        else:
+            torch.autograd.backward(
+                [y, residual], [torch.ones_like(y), torch.ones_like(residual)], inputs=[h]
+            )
+        found.append(h.grad)
+    assert torch.allclose(*found, atol=1e-6)
+
+
 def test_what_is_kept():
     T, H, A, M, r = 30, 16, 8, 40, 2
     weight = torch.ones(H)

@@ -59,8 +59,7 @@ class _RmsNorm(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, round_first: bool
     ) -> torch.Tensor:
         N = x.shape[-1]
-        rows = x.reshape(-1, N)
-        rows = rows if rows.stride(1) == 1 else rows.contiguous()
+        rows = _side_by_side(x.reshape(-1, N))
         dtype = torch.promote_types(x.dtype, weight.dtype) if round_first else x.dtype
         out = torch.empty(rows.shape[0], N, dtype=dtype, device=x.device)
         inverse, _ = norm_into(rows, weight, Norm(eps, offset, round_first), out)
@@ -73,7 +72,6 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight, inverse = ctx.saved_tensors
         dy = grads[0].reshape(rows.shape)
-        dy = dy if dy.stride(1) == 1 else dy.contiguous()
         dx, dw = norm_backward(
             dy, rows, weight, inverse, ctx.offset, None, wants_weight=ctx.needs_input_grad[1]
         )
@@ -92,6 +90,7 @@ def norm_into(
         wide = rows.to(torch.float64 if rows.dtype is torch.float64 else torch.float32)
         inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
         return inverse, plain_quantize_rows(out) if quantize else None
+    rows = _side_by_side(rows)
     inverse = torch.empty(T, 1, dtype=torch.float32, device=rows.device)
     values, scale = empty_rows(T, N, rows.device) if quantize else (inverse, inverse)
     programs("norms").forward[(T,)](
@@ -115,6 +114,8 @@ def norm_backward(
     T, N = rows.shape
     if not runs_on(rows) or N > WIDEST or not T or rows.dtype is torch.float64:
         return _plain_norm_backward(dy, rows, weight, inverse, offset, residual, wants_weight=wants_weight)
+    dy, rows = _side_by_side(dy), _side_by_side(rows)
+    residual = None if residual is None else _side_by_side(residual)
     dx = torch.empty(T, N, dtype=rows.dtype, device=rows.device)
     # Few programs with many rows each, so that the partial sums for the weight stay small.
     per_program = max(1, -(-T // 512)) if wants_weight else 1
@@ -146,6 +147,11 @@ def _plain_norm_backward(
     if residual is not None:
         dx = dx + residual.to(wide)
     return dx.to(rows.dtype), (d * normed).sum(0).to(weight.dtype) if wants_weight else None
+
+
+def _side_by_side(rows: torch.Tensor) -> torch.Tensor:
+    """The rows such that the numbers of each lie side by side, as the programs read them; copied where they do not."""
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _warps(N: int) -> int:
