@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.func import functional_call
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from axolotl.console import note
@@ -350,7 +351,21 @@ _BLOCK = 1 << 10  # rows that are drawn together
 def starts_plainly(model: nn.Module) -> bool:
     """Whether all parameters belong to linear layers, embeddings and norms, whose random start is known."""
     owners = (m for m in model.modules() if any(True for _ in m.parameters(recurse=False)))
-    return all(isinstance(m, nn.Linear | nn.Embedding) or "norm" in type(m).__name__.lower() for m in owners)
+    return all(isinstance(m, nn.Linear | nn.Embedding) or _scales(m) for m in owners)
+
+
+def _scales(module: nn.Module) -> bool:
+    """Whether a module is a norm that multiplies by its weight; others add one to it, and start from zero."""
+    if "norm" not in type(module).__name__.lower():
+        return False
+    nothing = {name: torch.zeros(p.shape) for name, p in module.named_parameters(recurse=False)}
+    width = max(p.shape[-1] for p in nothing.values())
+    try:
+        with torch.no_grad():
+            out = functional_call(module, nothing, (torch.arange(1.0, width + 1)[None],))
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return not bool(out.any())
 
 
 def _from_seed(model: PreTrainedModel, seed: int, device: torch.device) -> Iterator[tuple[str, nn.Parameter]]:
