@@ -110,6 +110,12 @@ def test_what_is_shipped_is_right(file: Path, load: Load) -> None:
         ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}}', 1, 36, "whole number"),
         ('{"zero_optimization": {"stage": 2, "overlap_comm": "yes"}}', 1, 36, "true or false"),
         ('{"zero_optimization": {"stage": 2},\n "amp": {}}', 2, 2, "any more"),
+        (
+            '{"zero_optimization": {"stage": 2},\n "bf16": {"check_grad_overflow": false}}',
+            2,
+            11,
+            "no number into the weights",
+        ),
         ('{"zero_optimization": {"stage": 2},\n "gradient_allreduce_op": "sum"}', 2, 2, "mean"),
         ('{"zero_optimization": {"stage": 2},\n "optimizer": {"type": "Lamb"}}', 2, 2, "`Lamb`"),
         (

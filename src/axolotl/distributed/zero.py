@@ -197,6 +197,12 @@ def _values(zero: ZeroConfig) -> Iterator[Problem]:
             "Stage 0 divides nothing.",
             "Write stage 1, 2 or 3, or delete `deepspeed:` from the YAML.",
         )
+    if zero.get("bf16.check_grad_overflow") is False:
+        yield zero.problem(
+            "bf16.check_grad_overflow",
+            "`check_grad_overflow: false` lets a step whose gradient is no number into the weights.",
+            "Delete the line: such a step is left out then, and told.",
+        )
     if zero.get("compile.deepcompile"):
         yield zero.problem(
             "compile.deepcompile", "DeepCompile is not available yet.", "Delete the line.", "unavailable"

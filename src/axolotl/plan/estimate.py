@@ -10,6 +10,7 @@ from torch import nn
 
 from axolotl.config import Config
 from axolotl.config.resolve import Hardware
+from axolotl.distributed.fsdp import DEFERRED_BYTES
 from axolotl.errors import ModelError, UserError
 from axolotl.model.attention import AttentionChoice
 from axolotl.optim.groups import is_embedding
@@ -42,10 +43,6 @@ class Parameters:
     outside_bytes: int
     """Weights outside of these layers: embeddings, head, last norm."""
     state: State
-
-
-DEFERRED_BYTES = 1 << 30
-"""Gradients of FSDP up to this size (in float32) wait whole for the last micro batch of a step."""
 
 
 @dataclass(frozen=True)
