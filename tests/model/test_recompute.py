@@ -374,15 +374,22 @@ def test_layer_types_and_windows_can_be_left_out() -> None:
         made.undo()
 
 
-def test_disk_cleans_up_after_a_run_that_was_killed(tmp_path: Any) -> None:
-    left = tmp_path / ".activations" / "old"
+def test_disk_cleans_up_after_a_run_that_was_killed(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = tmp_path / ".activations" / "rank-1" / "old"
     left.mkdir(parents=True)
     train = TrainSection(gradient_checkpointing=True, activation_offloading="disk")
-    model, made = build("llama").train(), Replacements()
-    spare_memory(model, train, KernelsSection(), CPU, made, output_dir=tmp_path)
+    models = []
+    for rank in range(2):
+        # Two processes of one run write beside each other.
+        monkeypatch.setenv("RANK", str(rank))
+        model, made = build("llama").train(), Replacements()
+        spare_memory(model, train, KernelsSection(), CPU, made, output_dir=tmp_path)
+        models.append((model, made))
     assert not left.exists()
-    run(model)
-    made.undo()
+    for model, _ in models:
+        run(model)
+    for _, made in models:
+        made.undo()
     assert not (tmp_path / ".activations").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from axolotl.config.kernels import KernelsSection
 from axolotl.config.train import TrainSection
 from axolotl.console import note
+from axolotl.distributed.world import world
 from axolotl.model.compiled import compile_layers
 from axolotl.model.park import Park
 from axolotl.model.recompute import Recompute, Recomputing, apply_recompute, recompute_of
@@ -55,13 +57,25 @@ def spare_memory(
             note(f"`tiled_mlp`: {type(model).__name__} has no feed-forward layers that can be tiled.")
     folder = None
     if how is not None and how.place == "disk" and output_dir is not None and park is None:
-        folder = output_dir / FOLDER
-        # What a run left behind that was killed.
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        made.undoing(lambda: shutil.rmtree(folder, ignore_errors=True))
+        folder = _own_folder(output_dir / FOLDER, made)
     compiling = compile_layers(model, train, made, strict=strict) if compiles else None
     return apply_recompute(model, how, device, made, folder=folder, park=park, compiled=compiling is not None)
+
+
+def _own_folder(folder: Path, made: Replacements) -> Path:
+    """An empty folder in there for this process, removed with `made`."""
+    own = folder / f"rank-{world().rank}"
+    # What a run left behind that was killed; the other processes of this one write beside it.
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir(parents=True)
+
+    def remove() -> None:
+        shutil.rmtree(own, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+    made.undoing(remove)
+    return own
 
 
 def in_words(how: Recompute | None, done: Recomputing) -> str:
