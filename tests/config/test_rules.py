@@ -495,6 +495,12 @@ BROKEN = [
         "fp8 fp16",
     ),
     ("eight_bit_products_want_compiling", "fp8: true", "warning", "fp8 torch_compile"),
+    (
+        "rows_are_not_known_to_fsdp",
+        "unfrozen_parameters: [lm_head, 'embed_tokens.weight[2:]']\nfsdp_version: 2\nfsdp_config: {offload_params: false}",
+        "conflict",
+        "unfrozen_parameters fsdp_config",
+    ),
     ("tiles_need_tiling", "tiled_mlp_num_shards: 4", "warning", "tiled_mlp_num_shards"),
     ("float32_norms_are_a_matter_of_fsdp", "fp32_norms: true", "conflict", "fp32_norms"),
     ("float32_norms_are_a_matter_of_fsdp", "fp32_norm_classes: [a]", "warning", "fp32_norm_classes"),

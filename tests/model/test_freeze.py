@@ -8,8 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from axolotl.config.adapter import AdapterSection
+from axolotl.config.optim import OptimSection
 from axolotl.errors import ModelError
 from axolotl.model.freeze import freeze_except, parse_unfrozen
+from axolotl.optim.groups import parameter_groups
 
 
 class Net(nn.Module):
@@ -47,6 +50,20 @@ def test_only_the_named_rows_get_a_gradient(text: str, rows: range) -> None:
     moved = net.head.weight.grad.abs().sum(1) > 0
     assert moved.nonzero().flatten().tolist() == list(rows)
     assert net.embed.weight.grad is None
+
+
+def test_the_other_rows_stay_as_they_are_under_weight_decay() -> None:
+    net = Net()
+    freeze_except(net, ["head.weight[7:]"])
+    before = net.head.weight.detach().clone()
+    optim = OptimSection(learning_rate=0.1, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(parameter_groups(net, optim, AdapterSection()), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(torch.tensor([1, 2, 3])).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(net.head.weight[:7], before[:7])
+    assert not bool((net.head.weight[7:] == before[7:]).any())
 
 
 def test_several_ranges_of_one_parameter_add_up() -> None:

@@ -83,6 +83,10 @@ class QuantizationAwareTraining(Block):
     """Step at which the simulation begins."""
 
 
+TRAINED_ROWS = "_axolotl_trained_rows"
+"""Attribute of a parameter of which `unfrozen_parameters` trains a range of rows: which ones."""
+
+
 class ModelSection(Section):
     """What is loaded: weights, tokenizer, precision, attention."""
 

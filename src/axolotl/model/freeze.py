@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from axolotl.config.model import TRAINED_ROWS
 from axolotl.console import note
 from axolotl.distributed.deepspeed import shape_of
 from axolotl.errors import ModelError, Problem
@@ -113,6 +114,7 @@ def _keep_rows(name: str, parameter: nn.Parameter, hits: Sequence[Unfrozen]) -> 
         return grad * keep.to(grad.device).view(shape).to(grad.dtype)
 
     parameter.register_hook(mask)
+    setattr(parameter, TRAINED_ROWS, keep)
 
 
 def _examples(model: nn.Module) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from axolotl.config.adapter import AdapterSection
+from axolotl.config.model import TRAINED_ROWS
 from axolotl.config.optim import OptimSection
 from axolotl.errors import ConfigError, ModelError, Problem
 
@@ -24,7 +25,8 @@ def is_embedding(name: str) -> bool:
 def parameter_groups(model: nn.Module, optim: OptimSection, adapter: AdapterSection) -> list[Group]:
     """The groups for the optimizer, each with `params`, `name`, `weight_decay`, and `lr` where it is its own.
 
-    Biases, norms and other vectors get no weight decay, and neither do embeddings with a learning rate of their own.
+    Biases, norms and other vectors get no weight decay, and neither do embeddings with a learning rate of their own, nor
+    weights of which a range of rows is trained: the other rows would decay too.
     Raises ConfigError where a group of `lr_groups` matches no trained parameter, ModelError where nothing is trained.
     """
     norms = {
@@ -39,7 +41,11 @@ def parameter_groups(model: nn.Module, optim: OptimSection, adapter: AdapterSect
             continue
         group, label, lr = _group_of(name, optim, adapter)
         decays = (
-            group != "embeddings" and parameter.ndim > 1 and id(parameter) not in norms and "bias" not in name
+            group != "embeddings"
+            and parameter.ndim > 1
+            and id(parameter) not in norms
+            and "bias" not in name
+            and not hasattr(parameter, TRAINED_ROWS)
         )
         key = (group, decays)
         if key not in found:

@@ -250,6 +250,19 @@ def random_weights_are_trained_in_full(cfg: Config) -> Iterator[Problem]:
         )
 
 
+@rule("unfrozen_parameters", "fsdp_config")
+def rows_are_not_known_to_fsdp(cfg: Config) -> Iterator[Problem]:
+    """FSDP divides a weight by its rows, and trains all of them."""
+    ranged = [each for each in cfg.model.unfrozen_parameters or [] if re.search(r"\[\d*:\d*\]$", each)]
+    if ranged and cfg.distributed.fsdp_config:
+        yield conflict(
+            f"`unfrozen_parameters: {ranged[0]}` is a range of rows, and FSDP would train all of them.",
+            "Delete the range, or train without `fsdp_config`.",
+            "unfrozen_parameters",
+            "fsdp_config",
+        )
+
+
 @rule("unfrozen_parameters", "gradient_checkpointing_kwargs")
 def frozen_weights_need_new_checkpointing(cfg: Config) -> Iterator[Problem]:
     """The reentrant kind loses gradients where inputs need none."""
