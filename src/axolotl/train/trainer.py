@@ -158,8 +158,10 @@ class TrainerMixin(Sharded, Saving, Steps, _Base):
     def _over_ranks(self, *numbers: int) -> list[int]:
         if self.args.world_size <= 1:
             return list(numbers)
-        here = torch.tensor(numbers, dtype=torch.int64, device=self.args.device)
-        return [int(n) for n in self.accelerator.reduce(here, "sum").tolist()]
+        # From CPU to CPU: a GPU may be busy with the last step, and would have to finish it first.
+        here = torch.tensor(numbers, dtype=torch.int64)
+        torch.distributed.all_reduce(here)
+        return [int(n) for n in here.tolist()]
 
     # Loss
 
