@@ -98,6 +98,22 @@ def test_a_run_that_only_gives_no_numbers_ends_with_the_rows(trainer, monkeypatc
     assert [line["step"] for line in lines(run)] == [1, 2, 3]
 
 
+def test_a_run_that_dies_leaves_the_line_of_its_last_step(trainer, monkeypatch):
+    monkeypatch.setattr(Steps, "late_anywhere", True)
+    run = trainer(tiny_model(), rows(24), optimizer="adamw_torch_fused", logging_steps=1)
+    plain = run.compute_loss
+
+    def dying(*args, **kwargs):
+        if run.state.global_step == 3:
+            raise KeyError("in the fourth step")
+        return plain(*args, **kwargs)
+
+    run.compute_loss = dying
+    with pytest.raises(KeyError, match="fourth"):
+        train(run, run.cfg)
+    assert [line["step"] for line in lines(run)] == [1, 2, 3]
+
+
 def test_numbers_arrive():
     figures = torch.tensor([1.0, math.inf, -2.5], dtype=torch.float64)
     arriving = Arriving(figures)

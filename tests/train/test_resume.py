@@ -147,13 +147,18 @@ def test_what_was_made_of_earlier_weights_is_set_aside(trainer, capsys):
         (output / "merged").mkdir()
         (output / "merged" / "model.safetensors").write_text(round_)
         (output / "evaluation.json").write_text("{}")
+        (output / "lm_eval.json").write_text("{}")
         (output / "notes.txt").write_text("mine")
         finished(trainer)
-        assert sorted(p.name for p in (output / round_).iterdir()) == ["evaluation.json", "merged"]
+        assert sorted(p.name for p in (output / round_).iterdir()) == [
+            "evaluation.json",
+            "lm_eval.json",
+            "merged",
+        ]
         assert (output / round_ / "merged" / "model.safetensors").read_text() == round_
         assert not (output / "merged").exists()
         assert (output / "notes.txt").exists()
-        assert "`merged`, `evaluation.json` came from the weights" in " ".join(
+        assert "`merged`, `evaluation.json`, `lm_eval.json` came from the weights" in " ".join(
             capsys.readouterr().err.split()
         )
 

@@ -6,7 +6,14 @@ from pathlib import Path
 
 from axolotl.console import note
 
-_MADE_OF_WEIGHTS = ("merged", "merged-unverified", "quantized", "evaluation.json", "evaluation.csv")
+_MADE_OF_WEIGHTS = (
+    "merged",
+    "merged-unverified",
+    "quantized",
+    "evaluation.json",
+    "evaluation.csv",
+    "lm_eval.json",
+)
 
 
 def set_aside(output_dir: Path) -> Path | None:

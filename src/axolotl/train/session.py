@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import shlex
@@ -256,6 +257,9 @@ def _train(trainer: Trainer, cfg: Config, resume: Path | None) -> TrainResult:
         if parts.uploads is not None:
             parts.uploads.close()
         parts.batches.close()
+        # What a run dies of leaves the last step's line waiting; numbers that a broken GPU has are lost.
+        with contextlib.suppress(Exception):
+            trainer.tell_line()  # type: ignore[attr-defined]
         _callback(trainer, ProgressLine).close()
         _callback(trainer, RunLog).close()
     if signals.received is not None and (interrupted or trainer.state.global_step < total):
