@@ -11,6 +11,9 @@ STAMP := $(VENV)/.installed
 EXTRAS := .venv-extras
 EXTRAS_STAMP := $(EXTRAS)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Tests that start processes of their own or look at the clock run by themselves, the others side by side.
+ALONE := tests/distributed tests/faults tests/run tests/inference
+BESIDE := -n $(JOBS) --dist worksteal $(ALONE:%=--ignore=%) --ignore-glob='tests/test_*.py'
 
 .DEFAULT_GOAL := setup
 .PHONY: setup quickstart test slow browser extras lint types docs docs-check bench clean
@@ -38,13 +41,15 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m 'slow and not extras'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'slow and not extras' $(BESIDE) || failed=1; \
+	$(BIN)/python -m pytest -q -m 'slow and not extras' $(ALONE) tests/test_*.py || failed=1; exit $${failed:-0}
 
 browser: $(STAMP)
 	$(BIN)/python -m pytest -q -m browser
 
 extras: $(EXTRAS_STAMP)
-	$(EXTRAS)/bin/python -m pytest -q -m extras
+	@OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest -q -m extras $(BESIDE) || failed=1; \
+	$(EXTRAS)/bin/python -m pytest -q -m extras $(ALONE) tests/test_*.py || failed=1; exit $${failed:-0}
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -116,6 +116,7 @@ def config_of(point: dict[str, Any], folder: Path, tiny: bool) -> Path:
         "save_strategy": "no",
         "on_oom": "fail",
         "bf16": True,
+        "fused_kernels": False,
         **point["keys"],
     }
     if point["adapter"]:

@@ -22,6 +22,8 @@ class Efficiency:
 
     matmul: float
     attention: float
+    packed_attention: float
+    """Of packed rows, by the variable-length kernels that come with PyTorch."""
     memory: float
     launch_us: float
     """The shortest that an operation takes on the device."""

@@ -102,7 +102,8 @@ def _count_attention(q: torch.Tensor, per_pair: float, tensors: int) -> None:
     if _now:
         ledger, batch = _now[-1]
         flops = per_pair * batch.pairs * q.shape[1] * q.shape[3]
-        ledger.add("attention", flops, float(tensors * q.numel() * q.element_size()))
+        kind = "packed attention" if batch.packed else "attention"
+        ledger.add(kind, flops, float(tensors * q.numel() * q.element_size()))
 
 
 def _rehearsed_attention(

@@ -44,7 +44,8 @@ def step_time(
         if phase != "start":
             operations += micro.operations[phase]
             for work in table.values():
-                kinds[work.kind] += work.count * seconds(work, gpu, bits16)
+                # Attention is attention, however it is reached.
+                kinds[work.kind.split()[-1]] += work.count * seconds(work, gpu, bits16)
     optimizer = update_bytes / (gpu.bandwidth * share.memory)
     exchange = exchanged / INTERCONNECT
     host = accumulation * operations * share.host_us * 1e-6
@@ -63,5 +64,6 @@ def seconds(work: Work, gpu: Gpu, bits16: bool) -> float:
     traffic = work.moved / (gpu.bandwidth * share.memory)
     if work.kind == "memory":
         return max(traffic, share.launch_us * 1e-6)
-    reached = gpu.peak(bits16) * (share.matmul if work.kind == "matmul" else share.attention)
+    of_peak: float = getattr(share, work.kind.replace(" ", "_"))
+    reached = gpu.peak(bits16) * of_peak
     return max(work.flops / reached, traffic, share.launch_us * 1e-6)
