@@ -345,7 +345,9 @@ def test_what_waits_in_ram_is_counted(write: Callable[..., Path]) -> None:
     assert "RAM for the run" in table(copied) and "RAM for the run" not in table(plain)
     low = planned(write("llama-1b", save_async=True, **LORA))
     assert low.needs.host["copy for save_async"] < 0.1 * copied.disk.checkpoint
-    away = planned(write("llama-1b", gradient_checkpointing=True, activation_offloading=True))
+    away = planned(
+        write("llama-1b", gradient_checkpointing=True, activation_offloading=True, fused_kernels=False)
+    )
     batch = away.needs.batch
     inputs = 16 * batch.rows * batch.length * 2048 * 2
     logits = batch.rows * batch.length * 128256 * 4
