@@ -62,6 +62,21 @@ def test_weights_that_peft_rebuilds_are_read_at_once(tmp_path: Path) -> None:
         assert torch.equal(found[name.replace(".weight", ".default.weight")], tensor)
 
 
+@pytest.mark.parametrize("pickled", [False, True])
+def test_numbers_that_are_none_are_refused(pickled: bool, tmp_path: Path) -> None:
+    folder = train(tmp_path, LLAMA, lora())
+    file = folder / "adapter_model.safetensors"
+    stored = load_file(file)
+    name = next(name for name in stored if "layers.1" in name and "lora_B" in name)
+    stored[name][0, 0] = torch.nan
+    save_file(stored, file)
+    if pickled:
+        file.unlink()
+        torch.save(stored, folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"not finite, in `.*lora_B"):
+        skeleton(folder)
+
+
 def test_a_weight_that_the_file_lacks(tmp_path: Path) -> None:
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(LLAMA),

@@ -32,9 +32,9 @@ class DeferredAdapter:
         self._waiting: dict[nn.Parameter, str] = {}
 
     def refuse_not_finite(self) -> None:
-        """Raises ModelError where a run that diverged left numbers that are none. Reads tensor by tensor."""
-        for name in self.entries:
-            tensor = self._read(name)
+        """Raises ModelError where a run that diverged left numbers that are none. Reads tensor by tensor, but a pickle."""
+        stored = ((name, self._read(name)) for name in self.entries)
+        for name, tensor in stored if self.entries else self._unpickled().items():
             # The least and the greatest are NaN where one number is, and take one pass without a mask.
             if tensor.numel() and not all(bool(bound.isfinite()) for bound in tensor.aminmax()):
                 raise ModelError(
