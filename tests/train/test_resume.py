@@ -114,7 +114,8 @@ def test_run_jsonl_has_each_step_once_after_resuming(trainer, tmp_path):
 
 
 def finished(trainer, **keys):
-    run = trainer(tiny_model(), rows(8), max_steps=4, save_steps=2, save_strategy="steps", **keys)
+    keys = {"max_steps": 4, "save_steps": 2, "save_strategy": "steps"} | keys
+    run = trainer(tiny_model(), rows(8), **keys)
     result = train(run, run.cfg)
     assert result.complete
     assert result.steps == 4
@@ -132,12 +133,27 @@ def test_the_same_command_after_the_end_has_nothing_to_do(trainer, config):
     assert resume_point(config(**keys)) == ResumePoint(None)
 
 
-def test_a_longer_run_continues_a_finished_one(trainer):
+def test_a_longer_run_continues_a_finished_one(trainer, caplog, capsys):
     run = finished(trainer)
     folder = run.parts.output_dir / "checkpoint-4"
     longer = trainer(tiny_model(), rows(8), None, folder, max_steps=6, save_steps=2, save_strategy="steps")
     assert train(longer, longer.cfg, folder).steps == 6
+    assert "(from args)" not in caplog.text + capsys.readouterr().err
     assert [line["step"] for line in longer.state.log_history if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("course", ["cosine", "linear", "rex"])
+def test_a_longer_run_goes_on_with_the_rate_of_its_own_course(trainer, course, tmp_path):
+    keys = {"save_steps": 2, "save_strategy": "steps", "lr_scheduler": course, "logging_steps": 1}
+    finished(trainer, **keys)
+    whole = trainer(tiny_model(), rows(8), output_dir=str(tmp_path / "whole"), **keys | {"max_steps": 8})
+    train(whole, whole.cfg)
+    folder = tmp_path / "out" / "checkpoint-4"
+    longer = trainer(tiny_model(), rows(8), None, folder, **keys | {"max_steps": 8})
+    train(longer, longer.cfg, folder)
+    rates = [[x["learning_rate"] for x in history(run) if "learning_rate" in x] for run in (longer, whole)]
+    assert rates[0][4:] == rates[1][4:]
+    assert rates[0][4] > 0
 
 
 def test_what_was_made_of_earlier_weights_is_set_aside(trainer, capsys):

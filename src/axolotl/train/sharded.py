@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer import Trainer
 
 from axolotl.config.distributed import FsdpConfig
@@ -34,6 +35,27 @@ if TYPE_CHECKING:
     _Base = Trainer
 else:
     _Base = object
+
+
+def on_this_course(schedule: Any) -> None:
+    """Sets the learning rates of a schedule that was loaded to what its own course has for the next step.
+
+    A checkpoint holds the rate that the run which saved it would have gone on with. Where that run ended there and this
+    one is longer, it is the end of the old course, mostly 0, and the first step would change nothing. Where nothing
+    has changed, the rates come out the same to the bit.
+    """
+    if not isinstance(schedule, LambdaLR):
+        return  # others reckon from the rate before
+    rates = [
+        base * factor(schedule.last_epoch)
+        for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    schedule._last_lr = rates
 
 
 class Sharded(_Base):
@@ -177,11 +199,13 @@ class Sharded(_Base):
         parts = Path(checkpoint or "") / OPTIMIZER
         if checkpoint is None or not parts.is_dir():
             super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        load_optimizer(self.model, self.optimizer, parts)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULE, weights_only=True))
+        else:
+            load_optimizer(self.model, self.optimizer, parts)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULE, weights_only=True))
+        if checkpoint is not None:
+            on_this_course(self.lr_scheduler)
 
     def _load_best_model(self) -> None:
         if self.sharding is None:

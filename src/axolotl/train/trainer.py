@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -45,6 +46,11 @@ from axolotl.train.sharded import Sharded
 from axolotl.train.steps import Clock, Steps
 from axolotl.train.streamed import Numbers, StreamSource
 from axolotl.weights.publish import Uploads
+
+# It compares steps of saving that we work out ourselves; what the user changed is told from the config.
+logging.getLogger("transformers.trainer_utils").addFilter(
+    lambda record: "do not match the ones in the" not in str(record.msg)
+)
 
 # The mixin goes in front of trainers of several packages; for a type checker it is in front of this one.
 if TYPE_CHECKING:
