@@ -102,6 +102,9 @@ def test_an_interrupt_saves_once_and_ends_all(long: Runs) -> None:
     assert {f.name for f in saved.glob("rng_state_*")} == {"rng_state_0.pth", "rng_state_1.pth"}
     assert said.count("finishing this step") == 1
     assert said.count("To continue:") == 1
+    assert f"--resume-from-checkpoint {saved.relative_to(long.folder)} --num-processes 2\n" in said.replace(
+        f"{long.folder}/", ""
+    )
 
 
 def test_an_error_of_one_rank_ends_all_and_is_told_with_its_rank(long: Runs) -> None:

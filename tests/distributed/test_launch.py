@@ -16,7 +16,7 @@ import pytest
 from axolotl.distributed import failure
 from axolotl.distributed.launch import environment_of, launcher_command, run_processes
 from axolotl.errors import ConfigError, EnvironmentProblem
-from axolotl.run.launch import process_count
+from axolotl.run.launch import _asked_of_accelerate, _remember, process_count
 from distributed.runs import eventually
 
 SLEEP = "import os, time; open(f'{os.environ[\"RANK\"]}.pid', 'w').write(str(os.getpid())); time.sleep(100)"
@@ -238,3 +238,28 @@ def test_the_word_of_a_launch_is_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     assert failure.launch_name() == "job"
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert failure.first_to_fail(ConfigError("d"))
+
+
+def test_the_processes_know_how_they_were_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(failure.OPTIONS, raising=False)
+    _remember(None, 2, [])
+    assert failure.launch_options() == ["--num-processes", "2"]
+    _remember("torchrun", None, ["--nnodes", "2"])
+    assert failure.launch_options() == ["--launcher", "torchrun", "--", "--nnodes", "2"]
+    _remember(None, None, [])
+    assert failure.launch_options() == []
+
+
+@pytest.mark.parametrize(
+    ("own", "asked"),
+    [(["--num_processes", "2", "--cpu"], 2), (["--num_processes=4"], 4), (["-n", "1"], 0), ([], 0)],
+)
+def test_accelerate_that_starts_one_process_for_several_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, own: list[str], asked: int
+) -> None:
+    monkeypatch.setenv(failure.OPTIONS, "")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    _remember("accelerate", None, own)
+    assert _asked_of_accelerate() == 0, "the process that starts accelerate"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert _asked_of_accelerate() == asked

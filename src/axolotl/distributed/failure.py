@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -18,6 +19,8 @@ from axolotl.errors import AxolotlError, UserError
 
 LAUNCH = "AXOLOTL_LAUNCH"
 """Set for the processes that `axolotl` starts itself: a folder in which the first that fails leaves its word."""
+OPTIONS = "AXOLOTL_LAUNCH_OPTIONS"
+"""The options of `axolotl train` that say how the processes are started, as a JSON list, for those processes."""
 PEER_WAIT = 3.0
 """Seconds that a process which only lost another one gives that one to speak first."""
 EXIT_WAIT = 10.0
@@ -38,6 +41,15 @@ _PEER_LOST = (
 def among_several() -> bool:
     """Whether this process is one of several that a launcher started."""
     return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
+
+
+def launch_options() -> list[str]:
+    """How this run was told to start its processes, as words that end a command: `["--num-processes", "2"]`."""
+    try:
+        found = json.loads(os.environ.get(OPTIONS, "[]"))
+    except ValueError:
+        return []
+    return [str(word) for word in found] if isinstance(found, list) else []
 
 
 def started_by_us() -> bool:

@@ -202,7 +202,8 @@ def _commands(run: dict[str, Any], output_dir: Path) -> list[tuple[str, str]]:
     found = []
     if not run.get("complete"):
         words = shlex.join(run.get("words") or sources)
-        found.append(("resume", f"axolotl train {words} --auto-resume-from-checkpoints"))
+        launch = shlex.join(run.get("launch") or [])
+        found.append(("resume", f"axolotl train {words} --auto-resume-from-checkpoints {launch}".rstrip()))
     if adapter:
         found.append(("merge", f"axolotl merge-lora {config} --lora-model-dir {folder}"))
     found.append(("chat", f"axolotl inference {config} {model} --chat"))

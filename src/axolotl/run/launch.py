@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from axolotl import console
 from axolotl.config import Config
 from axolotl.data.stream import streams
-from axolotl.distributed.failure import among_several
+from axolotl.distributed.failure import OPTIONS, among_several, launch_options
 from axolotl.distributed.launch import (
     MODULE,
     become,
@@ -45,8 +47,16 @@ def launch(
     """
     if among_several() or os.environ.get("LOCAL_RANK"):
         return None  # a launcher has started this process already
+    if asked := _asked_of_accelerate():
+        console.warn(
+            f"accelerate was asked for {asked} processes and started this one alone (with `--cpu` or without "
+            "`--multi_gpu` it may do that). `axolotl train` without a launcher starts one for each GPU; "
+            f"`--num-processes {asked}` does on a CPU."
+        )
+        return None
     if cfg.distributed.use_ray:
         return _by_ray(cfg, launcher, processes)
+    _remember(launcher, processes, own)
     count = process_count(cfg, launcher, processes)
     if launcher not in ("torchrun", "accelerate") and count == 1:
         return None
@@ -55,6 +65,27 @@ def launch(
         command = launcher_command(launcher, own, arguments, count)
         become(command, defaults_for_processes() | dict(os.environ))
     return run_processes([*MODULE, *arguments], count)
+
+
+def _remember(launcher: str | None, processes: int | None, own: Sequence[str]) -> None:
+    """Leaves to the processes of the run how they were started, for the command that goes on where they stop."""
+    words = ["--num-processes", str(processes)] if processes is not None else []
+    words += ["--launcher", launcher] if launcher is not None else []
+    words += ["--", *own] if own else []
+    os.environ.pop(OPTIONS, None)
+    if words:
+        os.environ[OPTIONS] = json.dumps(words)
+
+
+def _asked_of_accelerate() -> int:
+    """How many processes accelerate was asked for, where it has started this one; 0 where it was not, or for one."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
+        return 0  # accelerate sets it for every process
+    words = [part for word in launch_options() for part in word.split("=", 1)]
+    for name, value in itertools.pairwise(words):
+        if name in ("--num_processes", "--num-processes", "-n") and value.isdigit():
+            return int(value) if int(value) > 1 else 0
+    return 0
 
 
 def _by_ray(cfg: Config, launcher: str | None, processes: int | None) -> int:

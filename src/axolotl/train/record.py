@@ -16,6 +16,7 @@ from typing import Any
 from axolotl.config import Config
 from axolotl.config.keys import owners
 from axolotl.config.resolve import Hardware
+from axolotl.distributed.failure import launch_options
 from axolotl.errors import CheckpointError, Problem
 from axolotl.train.checkpoint import read_json
 
@@ -121,6 +122,7 @@ def describe(cfg: Config, hardware: Hardware) -> dict[str, Any]:
         "origins": {key: str(cfg.origin(key)) for key in values},
         "sources": [str(source) for source in cfg.sources],
         "words": cfg.words(*RESUMING),
+        "launch": launch_options(),
         "warnings": [str(problem) for problem in cfg.warnings],
         "environment": environment(hardware),
         "started": time.time(),

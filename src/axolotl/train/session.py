@@ -22,7 +22,7 @@ from axolotl.config.axes import axes_of
 from axolotl.config.secrets import without_secrets
 from axolotl.console import note, success, warn
 from axolotl.data.stream import streamed_entries, streams
-from axolotl.distributed.failure import launch_name
+from axolotl.distributed.failure import launch_name, launch_options
 from axolotl.distributed.group import from_main
 from axolotl.distributed.world import keep_freed_memory, world
 from axolotl.distributed.zero import read_zero
@@ -316,7 +316,9 @@ def _stopped(trainer: Trainer, cfg: Config, why: str, exit_code: int) -> TrainRe
     saved = folder if from_main(folder.is_dir) else None
     if saved:
         words = cfg.words("resume_from_checkpoint", "auto_resume_from_checkpoints")
-        command = shlex.join(["axolotl", "train", *words, "--resume-from-checkpoint", str(saved)])
+        command = shlex.join(
+            ["axolotl", "train", *words, "--resume-from-checkpoint", str(saved), *launch_options()]
+        )
         note(f"Stopped by {why} at step {step} of {total}; saved {saved}.\nTo continue:\n  {command}")
     else:
         note(f"Stopped by {why} at step {step} of {total}; no checkpoint could be saved.")
