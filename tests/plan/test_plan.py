@@ -437,3 +437,9 @@ def test_every_process_sees_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> 
     hardware = Hardware(device="cuda", gpu_names=("a", "b"), gpu_memory_bytes=(80 * GIB, 79 * GIB))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert {free_memory(hardware) for rank in "01" if not monkeypatch.setenv("RANK", rank)} == {79 * GIB}
+
+
+@pytest.mark.parametrize("name", ["8xh100", "8 x H100", "8x-h100"])
+def test_a_number_in_front_of_a_gpu_is_told_to_be_an_option_of_its_own(name: str) -> None:
+    with pytest.raises(ConfigError, match="Write `--gpu h100 --gpus 8`"):
+        gpu(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,9 @@ def gpu(name: str) -> Gpu:
     if key not in gpus:
         near = difflib.get_close_matches(key, list(gpus), n=1)
         hint = f"Did you mean `{near[0]}`? " if near else ""
+        several = re.fullmatch(r"(\d+)-?x-?(.+)", key)
+        if several and several[2] in gpus:
+            hint = f"Write `--gpu {several[2]} --gpus {several[1]}`. "
         raise ConfigError(
             f"`--gpu {name}` is not a GPU that the plan knows.", f"{hint}Known: {', '.join(gpus)}."
         )
