@@ -156,6 +156,19 @@ def test_a_longer_run_goes_on_with_the_rate_of_its_own_course(trainer, course, t
     assert rates[0][4] > 0
 
 
+def test_a_longer_run_evaluates_and_saves_at_no_steps_but_its_own(trainer):
+    keys = {"save_steps": 2, "save_strategy": "steps", "eval_steps": 2, "eval_strategy": "steps"}
+    first = trainer(tiny_model(), rows(8), rows(4), max_steps=4, **keys)
+    train(first, first.cfg)
+    folder = first.parts.output_dir / "checkpoint-4"
+    longer = trainer(tiny_model(), rows(8), rows(4), folder, max_steps=8, **keys)
+    train(longer, longer.cfg, folder)
+    evaluated = [line["step"] for line in longer.state.log_history if "eval_loss" in line]
+    assert [step for step in evaluated if step > 4] == [6, 8]
+    saved = {int(p.name.removeprefix("checkpoint-")) for p in folder.parent.glob("checkpoint-*")}
+    assert saved == {2, 4, 6, 8}
+
+
 def test_what_was_made_of_earlier_weights_is_set_aside(trainer, capsys):
     output = finished(trainer).parts.output_dir
     assert not (output / "earlier").exists()

@@ -193,7 +193,8 @@ def _course(
 ) -> dict[str, Any]:
     """Length of the run, evaluation and saving. The steps themselves are ours: see `Cadence` and its callback."""
     train = cfg.train
-    never = volume.total_steps + 1
+    # A checkpoint keeps it, and a later run may have more steps than this one.
+    never = 2**31 - 1
     values: dict[str, Any] = {"max_steps": volume.total_steps}
     if when.evaluate:
         values |= {"eval_strategy": "steps", "eval_steps": never, "eval_on_start": not resuming}
