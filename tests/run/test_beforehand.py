@@ -170,6 +170,12 @@ def test_check_looks_at_the_first_rows(config) -> None:
     good = {"messages": TURNS}
     assert not chat(config, [good] * 9)
     nothing = {"messages": [TURNS[0], {"role": "assistant", "content": None}]}
+    [problem] = fatal(chat(config, [*[good] * 50, nothing]))
+    assert problem.places[0].line == 51
+    thought = {"messages": [TURNS[0], {**TURNS[1], "reasoning_content": "Hm."}]}
+    problem = chat(config, [good, thought], more="chat_template: chatml")[-1]
+    assert problem.kind == "warning"
+    assert "does not write reasoning (1 times in the first 2 rows)" in problem.message
     [problem] = fatal(chat(config, [good, nothing]))
     assert problem.places[0].line == 2
     [problem] = fatal(chat(config, [good], ", message_property_mappings: {role: frm}"))

@@ -156,7 +156,7 @@ def check_report(problems: Sequence[Problem]) -> dict[str, Any]:
     return {"ok": not any(p.fatal for p in problems), "problems": [p.as_dict() for p in problems]}
 
 
-def report_check(find: Callable[[], Sequence[Problem]], *, as_json: bool) -> int:
+def report_check(find: Callable[[], Sequence[Problem]], *, as_json: bool, looked: str = "") -> int:
     """Runs a check and tells the result: on stdout as one JSON object, or on stderr for people. Returns the exit code."""
     try:
         problems = tuple(find())
@@ -168,7 +168,7 @@ def report_check(find: Callable[[], Sequence[Problem]], *, as_json: bool) -> int
     elif report["ok"]:
         for problem in problems:
             console.show_problem(problem)
-        console.success("No mistake found.")
+        console.success(f"No mistake found. {looked}".strip())
     else:
         console.show_error(UserError(problems))
     return 0 if report["ok"] else UserError.exit_code

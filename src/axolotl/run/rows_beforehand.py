@@ -24,7 +24,7 @@ from axolotl.model.tokenizer import load_tokenizer
 from axolotl.run.parallel_beforehand import facts_of
 from axolotl.run.ready import check_folder, placed
 
-FIRST_ROWS = 5
+FIRST_ROWS = 256
 """Rows of each dataset that are rendered."""
 
 
@@ -109,6 +109,15 @@ def first_rows(
     worker = ChunkWorker([Job(data, entry, list(source.columns), limits, facts)])
     result = worker.process(0, [((row_id.file, row_id.row), row) for row_id, row in batch[:FIRST_ROWS]])
     problems += [row_problem(failure) for failure in result.failures]
+    problems += [
+        Problem(
+            f"`{entry.path}`: {what} ({turns:,} times in the first {len(batch):,} rows): they are not in the training text.",
+            "Choose a `chat_template` that writes them: docs/templates.md says which do.",
+            kind="warning",
+            places=(cfg.place(key),),
+        )
+        for what, turns in result.notes.items()
+    ]
     ledger = result.rows.ledger
     untrained = (Reason.UNTRAINED, Reason.UNTRAINED_AFTER_CUT)
     if len(ledger.row) and all(reason in untrained for reason in ledger.reason):
