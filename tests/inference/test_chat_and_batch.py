@@ -252,7 +252,8 @@ def test_a_batch_goes_on_where_it_stopped(loaded: Loaded, tmp_path: Path) -> Non
     assert 0 < run_batch(loaded, source, target, sampling, batch_size=2) < 5
     assert target.read_text() == whole
     assert run_batch(loaded, source, target, sampling) == 0
-    with pytest.raises(DataError, match="holds answers of something else: sampling"):
+    changed = r"something else: sampling \(max_new_tokens 20, now 3; temperature unset, now 0.5\)"
+    with pytest.raises(DataError, match=changed):
         run_batch(loaded, source, target, Sampling(max_new_tokens=3, temperature=0.5))
     weight = next(loaded.model.parameters())
     weight.data += 1
@@ -288,13 +289,19 @@ def test_all_wrong_rows_are_told_before_the_first_answer(loaded: Loaded, tmp_pat
         file.write(b'{"colour": 1}\n\xff\n{"prompt": "' + b"x " * 9000 + b'"}\n')
     with pytest.raises(DataError) as told:
         run_batch(loaded, source, tmp_path / "out.jsonl", Sampling())
-    assert [str(p.places[0]) for p in told.value.problems] == [f"{source}:{n}" for n in (2, 3, 5, 4)]
+    assert [str(p.places[0]) for p in told.value.problems] == [f"{source}:{n}" for n in (2, 3, 4, 5)]
     for words in ("column 10", "a list", "not UTF-8", "A row with `colour`"):
         assert any(words in p.message for p in told.value.problems)
     assert all(p.remedy for p in told.value.problems)
     source.write_text('"hi"\n' + json.dumps({"prompt": "x " * 9000}) + "\n")
     with pytest.raises(DataError, match=r":2: .*context holds") as told:
         run_batch(loaded, source, tmp_path / "out.jsonl", Sampling())
+    source.write_text('{"prompt": "a", "prompt": "b"}\n{"prompt": " "}\n""\n{"prompt": "hi"}\n')
+    with pytest.raises(DataError) as told:
+        run_batch(loaded, source, tmp_path / "out.jsonl", Sampling())
+    assert [p.places[0].line for p in told.value.problems] == [1, 2, 3]
+    assert "`prompt` stands twice" in told.value.problems[0].message
+    assert "empty" in told.value.problems[1].message
     source.write_text("[1]\n" * 70)
     with pytest.raises(DataError, match="and 20 more rows") as told:
         run_batch(loaded, source, tmp_path / "out.jsonl", Sampling())

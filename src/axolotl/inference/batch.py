@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from axolotl.console import note, success
+from axolotl.data.json_keys import Decoder
 from axolotl.errors import DataError, EnvironmentProblem, Place, Problem, UserError
 from axolotl.inference.generate import Sampling, check_room, decode, generate_batch
 from axolotl.inference.loading import Loaded
@@ -111,6 +112,7 @@ def run_batch(
 
 def _refuse(problems: list[Problem]) -> None:
     """Raises DataError for the problems; of very many the first are told, and how many more there are."""
+    problems = sorted(problems, key=lambda p: p.places[0].line or 0)
     if len(problems) > _TOLD:
         more = Problem(f"and {len(problems) - _TOLD} more rows like these.", "", "data")
         problems = [*problems[:_TOLD], more]
@@ -156,12 +158,18 @@ def _read_rows(source: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Pro
         raise DataError(f"`--input {source}` {what}.", "Name a file with one JSON object on each line.")
     rows: list[tuple[int, dict[str, Any]]] = []
     problems: list[Problem] = []
+    decoder = Decoder()
     # Only a line feed ends a row: other line separators may stand inside texts.
     for number, line in enumerate(source.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = decoder.decode(line.decode("utf-8"))
+            if decoder.twice:
+                twice = ", ".join(f"`{key}`" for key in dict.fromkeys(decoder.twice))
+                why = f"{twice} stands twice in one object"
+                problems.append(_no_row(source, number, why, "Remove one of them."))
+                continue
             if isinstance(row, str):
                 row = {"prompt": row}
             if not isinstance(row, dict):
@@ -222,7 +230,7 @@ def _check_same(
     except (OSError, ValueError):
         raise DataError(f"what wrote `{target}` is not recorded beside it.", remedy) from None
     differs = [
-        f"{name} ({before.get(name)}, now {now})"
+        f"{name} ({_changed(before.get(name), now)})"
         for name, now in {"system message": None, **made_by}.items()
         if name != "model" and before.get(name) != now
     ]
@@ -241,6 +249,18 @@ def _check_same(
         differs.append(f"rows {', '.join(other[:10])}{' ...' if len(other) > 10 else ''}")
     if differs:
         raise DataError(f"`{target}` holds answers of something else: {'; '.join(differs)}.", remedy)
+
+
+def _changed(before: Any, now: Any) -> str:
+    """What differs between two values, in words; of two mappings only the keys that do."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return f"{_word(before)}, now {_word(now)}"
+    keys = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
+    return "; ".join(f"{key} {_word(before.get(key))}, now {_word(now.get(key))}" for key in keys)
+
+
+def _word(value: Any) -> str:
+    return "unset" if value is None else str(value)
 
 
 def _answered(target: Path) -> dict[int, dict[str, Any]]:

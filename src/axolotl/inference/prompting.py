@@ -151,6 +151,8 @@ class Prompter:
             return self._before(self._convert({**opening, **row}, self.format.required_fields))
         for key in dict.fromkeys((self.question_field, "prompt", *_QUESTION)):
             if key and isinstance(row.get(key), str):
+                if not row[key].strip():
+                    raise DataError(f"The question in `{key}` is empty.", "Write one, or remove the row.")
                 return self.ask(row[key], row["system"] if isinstance(row.get("system"), str) else system)
         raise DataError(
             f"A row with {', '.join(f'`{k}`' for k in row) or 'no columns'} holds no question.",
