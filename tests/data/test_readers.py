@@ -374,3 +374,8 @@ def test_fingerprints_are_of_the_content(tmp_path: Path) -> None:
     other = write(tmp_path / "c.jsonl", LINES.replace(b"2", b"3"))
     prints = [JsonLinesReader(p).fingerprint() for p in (one, same, other)]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_what_a_line_lacks_at_its_end_is_shown_there(tmp_path: Path) -> None:
+    told = problems(JsonLinesReader(write(tmp_path / "a.jsonl", '{"a": [1, 2\n{"a": 1}\n')))
+    assert where(told[0]) == (1, 12)

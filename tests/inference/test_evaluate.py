@@ -21,6 +21,7 @@ from axolotl.inference.loading import find_trained, load_trained
 from axolotl.model.adapter import add_adapter
 from axolotl.model.load import load_model
 from axolotl.model.tokenizer import load_tokenizer
+from axolotl.run.evaluate import table
 from scripted import CPU, LLAMA, scripted, teach
 
 TEXT = "The old blue house"
@@ -89,11 +90,25 @@ def test_exact_match(tmp_path: Path) -> None:
     assert [s.match for s in report.samples] == [True, True, False]
     assert report.samples[2].expected == "The old blue h"
     assert report.share == 2 / 3
+    figures = {
+        "loss": 1.0,
+        "perplexity": 2.7,
+        "rows": 4,
+        "tokens": 9,
+        "exact_match": 2 / 3,
+        "matches": 2,
+        "asked": 3,
+    }
+    assert "(2 of 3; every answer" in table(figures)[-1]
+    assert (
+        "(2 of 3; 1 more hold no question to ask; every"
+        in table({**figures, "not_asked": report.skipped})[-1]
+    )
     report.write_csv(tmp_path / "t" / "match.csv")
     with (tmp_path / "t" / "match.csv").open() as file:
-        table = list(csv.DictReader(file))
-    assert [row["match"] for row in table] == ["True", "True", "False"]
-    assert table[0]["answer"] == TEXT
+        written = list(csv.DictReader(file))
+    assert [row["match"] for row in written] == ["True", "True", "False"]
+    assert written[0]["answer"] == TEXT
     assert (
         exact_match(loaded.model, loaded.tokenizer, Dataset.from_dict(rows), loaded.stops, max_rows=1).rows
         == 1

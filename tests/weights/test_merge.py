@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -272,6 +272,33 @@ def test_destinations_that_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=words):
             merge(section(str(tmp_path / "base")), lora(), folder, target)
     assert (tmp_path / "notes" / "todo.txt").exists()
+
+
+def test_a_base_that_misses_a_shard_is_told_as_that(sharded: Path, tmp_path: Path) -> None:
+    from axolotl.config import load_config
+    from axolotl.model.base_identity import record_base
+    from axolotl.run.merge import merge as verb
+
+    folder = train(tmp_path / "out", LLAMA, lora())
+    record_base(folder, LLAMA, PeftConfig.from_pretrained(str(folder)))
+    gone = sorted(sharded.glob("*.safetensors"))[-1]
+    gone.unlink()
+    values = {
+        "base_model": str(sharded),
+        "output_dir": str(folder),
+        "adapter": "lora",
+        "lora_r": 4,
+        "lora_alpha": 8,
+    }
+    data = {
+        "datasets": [{"path": "a.jsonl", "type": "alpaca"}],
+        "learning_rate": 1e-4,
+        "lora_target_linear": True,
+    }
+    file = tmp_path / "config.yml"
+    file.write_text(json.dumps({**values, **data, "micro_batch_size": 1, "num_epochs": 1}))
+    with pytest.raises(ModelError, match=f"{gone.name}` is missing"):
+        verb(load_config(file))
 
 
 def test_a_disk_that_is_too_small_is_told_before_starting(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -63,7 +64,28 @@ def load(args: Sequence[str], verb: str) -> Config:
     sources, overrides = sources_and_overrides(args, verb)
     from axolotl.plan.check import load_config
 
-    return load_config(sources, overrides, verb=verb)
+    try:
+        return load_config(sources, overrides, verb=verb)
+    except ConfigError as error:
+        raise ConfigError([_own_option(problem) for problem in error.problems]) from None
+
+
+def _own_option(problem: Problem) -> Problem:
+    """A flag that no key answers to, told with the option of this very verb that it was probably meant to be."""
+    flag = problem.places[0].file if problem.places else ""
+    ctx = click.get_current_context(silent=True)
+    if problem.kind != "unknown_key" or not flag.startswith("--") or ctx is None:
+        return problem
+    from axolotl.config.keys import did_you_mean, nearest
+
+    options = {
+        name.removeprefix("--").replace("-", "_"): name
+        for parameter in ctx.command.params
+        for name in parameter.opts
+        if name.startswith("--")
+    }
+    near = nearest(flag.removeprefix("--"), options)
+    return replace(problem, remedy=did_you_mean([options[key] for key in near])) if near else problem
 
 
 def with_key(args: tuple[str, ...], flag: str, value: str | None) -> tuple[str, ...]:

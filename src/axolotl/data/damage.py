@@ -46,6 +46,8 @@ class Damage:
         if isinstance(error, UnicodeDecodeError):
             self.add_encoding(raw, line, offset, error)
         elif isinstance(error, json.JSONDecodeError):
+            # What is missing at the end of a line is looked for behind its line break, in a line of its own.
+            column = min(error.pos, len(error.doc.rstrip())) + 1
             cut_off = not raw.endswith(b"\n") and (
                 error.pos >= len(error.doc.rstrip()) or error.msg.startswith(("Unterminated", "Expecting"))
             )
@@ -55,10 +57,10 @@ class Damage:
                     "the last line is cut off",
                     error.doc,
                     "The file is incomplete: get it again.",
-                    error.colno,
+                    column,
                 )
             else:
-                self.add(line, f"not valid JSON: {error.msg}", error.doc, column=error.colno)
+                self.add(line, f"not valid JSON: {error.msg}", error.doc, column=column)
         else:
             self.add(line, f"not readable: {error}", "")
 

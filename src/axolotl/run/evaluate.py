@@ -69,6 +69,8 @@ def evaluate(
     if answers:
         match = exact_match(loaded.model, loaded.tokenizer, rows, loaded.stops, max_rows=max_rows)
         figures |= {"exact_match": round(match.share, 6), "matches": match.matches, "asked": match.rows}
+        if match.skipped:
+            figures["not_asked"] = match.skipped
         match.write_csv(output_dir / "evaluation.csv")
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / "evaluation.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -88,6 +90,8 @@ def table(figures: Mapping[str, Any]) -> list[str]:
     }
     if "exact_match" in figures:
         counts = f"{figures['matches']:,} of {figures['asked']:,}"
+        if figures.get("not_asked"):
+            counts += f"; {figures['not_asked']:,} more hold no question to ask"
         shown["exact match"] = (
             f"{100 * figures['exact_match']:.1f} % ({counts}; every answer: evaluation.csv)"
         )

@@ -42,7 +42,7 @@ def lm_eval(
         raise ConfigError(
             cfg.problem(
                 "`lm_eval_tasks` names no task.",
-                "For example: `lm_eval_tasks: [arc_easy, hellaswag]`, or --lm-eval-tasks arc_easy",
+                "For example: `lm_eval_tasks: [arc_easy, hellaswag]`, or --lm-eval-tasks '[arc_easy]'",
                 "lm_eval_tasks",
                 kind="missing",
             )

@@ -12,8 +12,9 @@ from axolotl.data.stream import streams
 from axolotl.distributed.world import detect_hardware
 from axolotl.errors import ModelError, UserError
 from axolotl.inference.loading import find_trained
+from axolotl.model.files import check_base_model
 from axolotl.run.preprocess import prepare_data, stop_tokens, tokenizer_of
-from axolotl.run.ready import ready, told_with_places
+from axolotl.run.ready import placed, ready, refuse, told_with_places
 from axolotl.weights.merge import MergeReport
 from axolotl.weights.merge import merge as merge_weights
 
@@ -26,6 +27,8 @@ def merge(cfg: Config, *, destination: Path | None = None, base: str = "full") -
     cfg = ready(cfg, detect_hardware())
     found = find_trained(cfg.model, cfg.adapter, cfg.output.output_dir)
     if found.alone:
+        # A base whose files are not whole is not recognised either.
+        refuse([placed(cfg, problem) for problem in check_base_model(cfg.model)])
         raise ModelError(
             f"`{cfg.model.base_model}` is not the base of the adapter in `{cfg.output.output_dir}`.",
             "Leave `base_model` as it was in training, or name another adapter: --lora-model-dir DIR.",

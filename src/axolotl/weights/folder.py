@@ -25,7 +25,7 @@ def refuse_destination(destination: Path, *sources: Path) -> None:
     if destination.is_dir() and any(destination.iterdir()) and not (destination / "config.json").is_file():
         raise ModelError(
             f"`{destination}` holds other files and no model; it is not overwritten.",
-            "Choose another output folder.",
+            "Choose another output folder, with --output DIR, or move the files.",
         )
 
 
