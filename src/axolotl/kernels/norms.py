@@ -47,7 +47,7 @@ def rms_norm(
     wider type of both); otherwise the product is rounded, as Gemma does. Runs as one Triton program per row where it
     can, else as the twin. Differentiable once in both.
     """
-    if not runs_on(x) or x.shape[-1] > WIDEST or not x.numel() or x.dtype is torch.float64:
+    if not _has_program(x):
         return plain_rms_norm(x, weight, eps, offset=offset, round_first=round_first)
     out: torch.Tensor = _RmsNorm.apply(x, weight, eps, offset, round_first)
     return out
@@ -84,7 +84,7 @@ def norm_into(
     """Writes the normed rows [T,N] into `out`, with any distance between rows. Gives 1/rms [T,1] of each row, float32,
     and with `quantize` the normed rows in 8 bits. No gradients."""
     T, N = rows.shape
-    if not runs_on(rows) or N > WIDEST or not T or rows.dtype is torch.float64:
+    if not _has_program(rows):
         options: dict[str, Any] = {"offset": norm.offset, "round_first": norm.round_first}
         out.copy_(plain_rms_norm(rows, weight, norm.eps, **options))
         wide = rows.to(torch.float64 if rows.dtype is torch.float64 else torch.float32)
@@ -112,7 +112,7 @@ def norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """dy [T,N] to the gradient of the rows, plus `residual` [T,N] where given, and to that of the weight where wanted."""
     T, N = rows.shape
-    if not runs_on(rows) or N > WIDEST or not T or rows.dtype is torch.float64:
+    if not _has_program(rows):
         return _plain_norm_backward(dy, rows, weight, inverse, offset, residual, wants_weight=wants_weight)
     dy, rows = _side_by_side(dy), _side_by_side(rows)
     residual = None if residual is None else _side_by_side(residual)
@@ -147,6 +147,11 @@ def _plain_norm_backward(
     if residual is not None:
         dx = dx + residual.to(wide)
     return dx.to(rows.dtype), (d * normed).sum(0).to(weight.dtype) if wants_weight else None
+
+
+def _has_program(x: torch.Tensor) -> bool:
+    """Whether the programs do the work for these rows; otherwise plain torch does."""
+    return runs_on(x) and 0 < x.shape[-1] <= WIDEST and x.numel() > 0 and x.dtype is not torch.float64
 
 
 def _side_by_side(rows: torch.Tensor) -> torch.Tensor:

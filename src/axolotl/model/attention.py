@@ -117,31 +117,18 @@ def packed_attention(
     row. Raises ModelError for arguments that would need a mask, such as a key/value cache.
     """
     shared = shared_rows()
-    if shared is None:
-        return _attention(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling,
-            dropout,
-            cu_seq_lens_q,
-            max_length_q,
-            sliding_window,
-            **extra,
-        )
-    if shared.packed and cu_seq_lens_q is None:
-        raise ModelError(
-            "This model's code does not hand the borders of packed documents on to its attention.",
-            "Set `sample_packing: false`, or delete `context_parallel_size`.",
-        )
-    heads = query.shape[1]
-    query, key, value = (shared.whole_rows(x, heads) for x in (query, key, value))
-    if extra.get("s_aux") is not None:
-        extra["s_aux"] = shared.own_heads(extra["s_aux"])
-    # They are those of a part, and have done their work.
-    extra.pop("position_ids", None)
+    if shared is not None:
+        if shared.packed and cu_seq_lens_q is None:
+            raise ModelError(
+                "This model's code does not hand the borders of packed documents on to its attention.",
+                "Set `sample_packing: false`, or delete `context_parallel_size`.",
+            )
+        heads = query.shape[1]
+        query, key, value = (shared.whole_rows(x, heads) for x in (query, key, value))
+        if extra.get("s_aux") is not None:
+            extra["s_aux"] = shared.own_heads(extra["s_aux"])
+        # They are those of a part, and have done their work.
+        extra.pop("position_ids", None)
     out, _ = _attention(
         module,
         query,
@@ -155,7 +142,7 @@ def packed_attention(
         sliding_window,
         **extra,
     )
-    return shared.own_part(out), None
+    return (out if shared is None else shared.own_part(out)), None
 
 
 def _attention(
