@@ -118,7 +118,9 @@ def test_it_names_the_commands_to_go_on(tmp_path: Path) -> None:
     broken = html.unescape(render_run_report(a_run(tmp_path / "out", complete=False)))
     assert "axolotl train 'my config.yml' --auto-resume-from-checkpoints" in broken
     torchrun = ["--launcher", "torchrun", "--", "--nproc-per-node=2"]
-    several = html.unescape(render_run_report(a_run(tmp_path / "out", complete=False, launch=torchrun)))
+    several = html.unescape(
+        render_run_report(a_run(tmp_path / "out", complete=False, launch_options=torchrun))
+    )
     assert f"--auto-resume-from-checkpoints {' '.join(torchrun)}" in several
     assert "not complete; the last step was logged" in broken
     full = html.unescape(render_run_report(a_run(tmp_path / "out", asked={"base_model": "m"})))

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from axolotl.distributed.failure import launch_name
 from axolotl.errors import CheckpointError, EnvironmentProblem, ModelError
 from axolotl.model.attention import PACKED
 from axolotl.train.session import train
@@ -42,7 +43,10 @@ def test_full_training_leaves_a_model_that_loads(trainer, tmp_path, tokenizer):
     loaded = AutoModelForCausalLM.from_pretrained(output)
     assert same_weights(weights(loaded), weights(run.model))
     assert AutoTokenizer.from_pretrained(output).chat_template == "{{ messages[0].content }}"
-    assert json.loads((output / "run.json").read_text())["complete"] is True
+    said = json.loads((output / "run.json").read_text())
+    assert said["complete"] is True
+    # A launcher that starts the run again finds it by this name.
+    assert said["launch"] == launch_name() and said["launch_options"] == []
 
 
 def test_an_adapter_and_only_it_is_written(trainer, tmp_path, capsys):

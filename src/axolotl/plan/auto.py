@@ -63,8 +63,14 @@ def fitted(cfg: Config, gpu: Gpu, hardware: Hardware, memory: int, gpus: int | N
         confirmed = _confirmed(resolved, values, judge, memory, depth)
         if confirmed is not None:
             return _told(cfg, *confirmed, memory, rows)
-    smallest = fit.changed(resolved, {"gradient_checkpointing": True} if by_recompute else {})
+    # Straight lines may say too much: the least is rehearsed before it is refused.
+    least: dict[str, Any] = {"gradient_checkpointing": True} if by_recompute else {}
+    smallest = fit.changed(resolved, least)
     needs = judge(smallest, smallest.train.rows_at_once, 0)
+    if needs.needed <= memory:
+        if by_batch:
+            least |= {"micro_batch_size": 1, "gradient_accumulation_steps": rows}
+        return _told(cfg, least, needs.needed, memory, rows)
     keys = [k for k, on in (("micro_batch_size", by_batch), ("gradient_checkpointing", by_recompute)) if on]
     raise EnvironmentProblem(
         Problem(

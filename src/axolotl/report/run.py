@@ -202,7 +202,7 @@ def _commands(run: dict[str, Any], output_dir: Path) -> list[tuple[str, str]]:
     found = []
     if not run.get("complete"):
         words = shlex.join(run.get("words") or sources)
-        launch = shlex.join(run.get("launch") or [])
+        launch = shlex.join(run.get("launch_options") or [])
         found.append(("resume", f"axolotl train {words} --auto-resume-from-checkpoints {launch}".rstrip()))
     if adapter:
         found.append(("merge", f"axolotl merge-lora {config} --lora-model-dir {folder}"))

@@ -122,7 +122,7 @@ def describe(cfg: Config, hardware: Hardware) -> dict[str, Any]:
         "origins": {key: str(cfg.origin(key)) for key in values},
         "sources": [str(source) for source in cfg.sources],
         "words": cfg.words(*RESUMING),
-        "launch": launch_options(),
+        "launch_options": launch_options(),
         "warnings": [str(problem) for problem in cfg.warnings],
         "environment": environment(hardware),
         "started": time.time(),
