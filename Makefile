@@ -60,10 +60,12 @@ types: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m axolotl.cli.document
+	$(BIN)/python benchmarks/gpu/plot.py
 
 docs-check: $(STAMP)
 	$(BIN)/python -m axolotl.cli.document --check
 	$(BIN)/python benchmarks/table.py --check
+	$(BIN)/python benchmarks/gpu/plot.py --check
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
