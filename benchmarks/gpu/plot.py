@@ -44,13 +44,14 @@ class Bar:
 
 def bars(result: dict[str, dict[str, dict[str, dict[str, float]]]]) -> list[Bar]:
     """The runs of one file in the order of ROWS, ours first in each; `result["rows"][row][library]` are the figures."""
-    found = []
-    for row, name in ROWS.items():
-        runs = result["rows"].get(row, {})
-        for library in sorted(runs, key=lambda each: (each != "axolotl", each)):
-            if speed := runs[library].get("tokens_per_second"):
-                found.append(Bar(name, library, round(speed), runs[library]["peak_gib"]))
-    return found
+    return [
+        Bar(name, library, round(run["tokens_per_second"]), run["peak_gib"])
+        for row, name in ROWS.items()
+        for library, run in sorted(
+            result["rows"].get(row, {}).items(), key=lambda each: (each[0] != "axolotl", each[0])
+        )
+        if run.get("tokens_per_second")
+    ]
 
 
 def picture() -> str:
