@@ -1,4 +1,4 @@
-"""The verbs that turn finished weights into something else: merge-lora, quantize, merge-sharded-fsdp-weights, publish."""
+"""The verbs that turn finished weights into something else: merge-lora, quantize, export, merge-sharded-fsdp-weights, publish."""
 
 from __future__ import annotations
 
@@ -71,6 +71,42 @@ def quantize(
 
 @click.command(context_settings=PASS_ON)
 @click.option(
+    "--to", type=click.Choice(["gguf"]), default="gguf", help="The kind of file: gguf, llama.cpp's."
+)
+@click.option(
+    "--outtype",
+    type=click.Choice(["auto", "f32", "f16", "bf16", "q8_0"]),
+    default="auto",
+    help="Number type to write; auto: the 16-bit one that is nearest to the model's.",
+)
+@click.option(
+    "--base-model", metavar="DIR", help="The model to export; by default the merged or trained one."
+)
+@click.option(
+    "--output",
+    "destination",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Default: model-OUTTYPE.gguf in output_dir.",
+)
+@click.option(
+    "--converter",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="A checkout of llama.cpp, instead of the converter of axolotl[gguf].",
+)
+@click.option("--show", is_flag=True, help="Print the command for another machine and run nothing.")
+@takes_config
+def export(args: tuple[str, ...], to: str, **options: Any) -> None:
+    """Write the finished model as one GGUF file, and compare it with its source."""
+    cfg = load(args, "export")
+    from axolotl.run import export as verb
+
+    verb.export(cfg, **options)
+
+
+@click.command(context_settings=PASS_ON)
+@click.option(
     "--folder",
     type=click.Path(path_type=Path),
     metavar="DIR",
@@ -113,4 +149,4 @@ def merge_sharded(args: tuple[str, ...], **options: Any) -> None:
     verb.consolidate(cfg, **options)
 
 
-VERBS = (merge_lora, quantize, publish, merge_sharded)
+VERBS = (merge_lora, quantize, export, publish, merge_sharded)

@@ -10,13 +10,11 @@ from axolotl import console
 from axolotl.config import Config
 from axolotl.data.stream import streams
 from axolotl.distributed.world import detect_hardware
-from axolotl.errors import ConfigError, DataError, ModelError, Problem
+from axolotl.errors import ConfigError, DataError, Problem
 from axolotl.inference.evaluate import evaluate_loss
-from axolotl.inference.loading import find_trained
-from axolotl.model.files import WEIGHTS, WEIGHTS_INDEX, local_folder
+from axolotl.run.finished import finished_model
 from axolotl.run.preprocess import prepare_data, tokenizer_of
 from axolotl.run.ready import ready, told_with_places
-from axolotl.weights.merge import base_folder
 from axolotl.weights.quantize import QuantizeReport, check_scheme
 from axolotl.weights.quantize import quantize as quantize_weights
 
@@ -45,7 +43,7 @@ def quantize(
         )
     check_scheme(wanted, hardware.device)
     cfg = ready(cfg, hardware)
-    source = _finished(cfg, base_model)
+    source = finished_model(cfg, base_model, "quantized")
     model = cfg.model.model_copy(update={"base_model": str(source), "tokenizer_config": None})
     tokenizer = tokenizer_of(cfg, source)
     rows = _rows(cfg, tokenizer)
@@ -64,30 +62,6 @@ def quantize(
     config = cfg.sources[0] if cfg.sources else "config.yml"
     console.note(f"Next:\n  axolotl inference {config} --base-model {report.destination} --chat")
     return report
-
-
-def _finished(cfg: Config, base_model: str | None) -> Path:
-    if base_model is not None:
-        return base_folder(cfg.model.model_copy(update={"base_model": base_model, "base_model_config": None}))
-    output = Path(cfg.output.output_dir).expanduser()
-    for folder in (output / "merged", output):
-        whole = any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
-        if whole and (folder / "config.json").is_file():
-            return folder
-    found = find_trained(cfg.model, cfg.adapter, output)
-    if found.model is not None:
-        return found.model
-    if found.adapter is not None:
-        raise ModelError(
-            f"`{found.adapter}` is an adapter; only a whole model can be quantised.",
-            f"Merge it first: axolotl merge-lora {cfg.sources[0] if cfg.sources else 'config.yml'}",
-        )
-    known = local_folder(cfg.model.base_model)
-    raise ModelError(
-        f"there is no finished model in `{cfg.output.output_dir}`.",
-        f"Train first, or name a model: --base-model {known or cfg.model.base_model}",
-        cfg.place("output_dir"),
-    )
 
 
 def _rows(cfg: Config, tokenizer: Any) -> Any | None:
