@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 
+from axolotl.cli.overrides import parse_overrides
+from axolotl.config import load_config
 from axolotl.config.method_blocks import Vllm
-from axolotl.errors import ConfigError
+from axolotl.errors import ConfigError, ModelError
 from axolotl.inference.loading import Trained
 from axolotl.inference.serve import serve_command
+from axolotl.run.inference import inference
+from axolotl.run.serve import serve
 
 LLAMA = Path(__file__).parents[1] / "fixtures" / "tiny-llama3"
 
@@ -103,3 +107,49 @@ def test_the_command(tmp_path: Path, axolotl: Callable[..., subprocess.Completed
     assert "--lora-modules" in words
     done = axolotl("vllm-serve", "config.yml", cwd=tmp_path)
     assert (done.returncode, "axolotl[vllm]" in done.stderr) == (2, True), done.stderr
+
+
+def test_nothing_trained_is_not_served_in_silence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = (
+        f"base_model: {LLAMA}\ndatasets: [{{path: x.jsonl, type: alpaca}}]\nlearning_rate: 1e-4\n"
+        f"output_dir: {tmp_path / 'out'}\n"
+    )
+    (tmp_path / "full.yml").write_text(text)
+    (tmp_path / "lora.yml").write_text(text + "adapter: lora\nlora_target_linear: true\n")
+    for name, words in (
+        ("full.yml", "holds no trained weights"),
+        ("lora.yml", "there is no trained adapter in"),
+    ):
+        with pytest.raises(ModelError, match=words) as told:
+            serve(load_config(str(tmp_path / name), verb="vllm-serve"), show=True)
+        assert "--base-model" in told.value.problems[0].remedy
+        with pytest.raises(ModelError, match=words):
+            inference(load_config(str(tmp_path / name), verb="inference"), prompt="hi")
+        named = load_config(
+            str(tmp_path / name), parse_overrides(["--base-model", str(LLAMA)]), verb="vllm-serve"
+        )
+        assert serve(named, show=True) == 0
+        assert capfd.readouterr().out.startswith(f"vllm serve {LLAMA}")
+
+
+def test_the_base_alone_where_something_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "axolotl.run.inference.load_trained", lambda *_, **options: found.append(options) or 1 / 0
+    )
+    file = tmp_path / "config.yml"
+    file.write_text(
+        f"base_model: {LLAMA}\ndatasets: [{{path: x.jsonl, type: alpaca}}]\nadapter: lora\n"
+        "lora_target_linear: true\nlearning_rate: 1e-4\n"
+    )
+    for overrides, options, wanted in (
+        ([], {}, (False, True)),
+        ([], {"untrained": True}, (True, True)),
+        (parse_overrides(["--base-model", str(LLAMA)]), {}, (False, False)),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            inference(load_config(str(file), overrides, verb="inference"), prompt="hi", **options)
+        assert (found[-1]["untrained"], found[-1]["require_training"]) == wanted
+    named = load_config(str(file), parse_overrides(["--lora-model-dir", str(tmp_path)]), verb="inference")
+    with pytest.raises(ConfigError, match="`--untrained` asks for the base model"):
+        inference(named, prompt="hi", untrained=True)

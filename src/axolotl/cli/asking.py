@@ -50,6 +50,7 @@ def evaluate(
 @click.option(
     "--output", "output_file", type=click.Path(path_type=Path), metavar="OUT.jsonl", help="Their answers."
 )
+@click.option("--untrained", is_flag=True, help="The base model is meant, without trained weights.")
 @click.option("--lora-model-dir", metavar="DIR", help="The adapter to use; output_dir's by default.")
 @click.option(
     "--base-model", metavar="MODEL", help="Another model than the config's, a merged one for example."

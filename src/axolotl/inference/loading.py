@@ -117,7 +117,11 @@ def load_trained(
         raise ModelError(problems)
     trained = Trained(alone=True) if untrained else find_trained(model, adapter, output_dir)
     if trained == Trained():
-        _say_untrained(model, adapter, output_dir, require_training)
+        nothing = nothing_trained(model, adapter, output_dir)
+        if nothing and require_training:
+            raise ModelError(nothing)
+        if nothing and adapter.adapter is not None:
+            warn(f"{nothing.message} The base model answers alone.")
     if trained.model is None and (problems := check_hub(model.base_model)):
         raise ModelError(problems)
     if trained.model is not None:
@@ -133,7 +137,7 @@ def load_trained(
     if trained.adapter is not None and is_untrained(trained.adapter):
         text = f"The adapter `{trained.adapter}` was never trained: it changes nothing."
         if require_training:
-            raise ModelError(text, "Train first.")
+            raise ModelError(text, "Train first; `--untrained` takes the base model alone.")
         warn(text)
     tokenizer = load_tokenizer(model, trained.adapter or trained.model)
     prompter = Prompter(tokenizer, data)
@@ -157,30 +161,24 @@ def load_trained(
     return Loaded(loaded.eval(), tokenizer, prompter, stops, source, trained)
 
 
-def _say_untrained(
-    model: ModelSection, adapter: AdapterSection, output_dir: str | Path, refuse: bool
-) -> None:
-    if adapter.adapter is not None and not _is_other_model(model, output_dir):
-        message = f"`adapter: {adapter.adapter}`, but there is no trained adapter in `{output_dir}`."
-        if refuse:
-            raise ModelError(
-                Problem(
-                    message,
-                    "Train first, or name the adapter: --lora-model-dir DIR. `--untrained` evaluates the base model.",
-                    "model",
-                    ("adapter",),
-                )
-            )
-        warn(f"{message} The base model answers alone.")
-    elif refuse and adapter.adapter is None and not _is_other_model(model, output_dir):
-        raise ModelError(
-            Problem(
-                f"`output_dir: {output_dir}` holds no trained weights.",
-                "Train first, or name the model: --base-model DIR. `--untrained` evaluates the base model.",
-                "model",
-                ("output_dir",),
-            )
+def nothing_trained(model: ModelSection, adapter: AdapterSection, output_dir: str | Path) -> Problem | None:
+    """The problem of a config without trained weights; None where the base model is itself a result of the run."""
+    if _is_other_model(model, output_dir):
+        return None
+    if adapter.adapter is None:
+        return Problem(
+            f"`output_dir: {output_dir}` holds no trained weights.",
+            "Train first, or name the model that is meant: --base-model MODEL.",
+            "model",
+            ("output_dir",),
         )
+    return Problem(
+        f"`adapter: {adapter.adapter}`, but there is no trained adapter in `{output_dir}`.",
+        "Train first, or name the adapter: --lora-model-dir DIR. The base model alone, on purpose: "
+        f"--base-model {model.base_model}",
+        "model",
+        ("adapter",),
+    )
 
 
 def _is_other_model(model: ModelSection, output_dir: str | Path) -> bool:

@@ -14,7 +14,7 @@ from axolotl.errors import ConfigError, DataError
 from axolotl.inference.evaluate import evaluate_loss, exact_match
 from axolotl.inference.loading import load_trained
 from axolotl.run.preprocess import prepare_data
-from axolotl.run.ready import ready, told_with_places
+from axolotl.run.ready import named_on_purpose, ready, refuse_untrained_adapter, told_with_places
 
 
 @told_with_places
@@ -27,29 +27,19 @@ def evaluate(
     every row and compares (exact match; the rows go to evaluation.csv). Without trained weights this is an error,
     unless `untrained` says that the base model is meant. Raises DataError where nothing is held out.
     """
-    if untrained and cfg.adapter.lora_model_dir:
-        raise ConfigError(
-            cfg.problem(
-                "`--untrained` asks for the base model, `lora_model_dir` for an adapter.",
-                "Leave one of them out.",
-                "lora_model_dir",
-                kind="conflict",
-            )
-        )
+    refuse_untrained_adapter(cfg, untrained)
     if max_rows is not None and not answers:
         raise ConfigError("`--max-rows` limits the answers, which are not asked for.", "Add `--answers`.")
     hardware = detect_hardware()
     cfg = ready(cfg, hardware)
     output_dir = Path(cfg.output.output_dir)
-    # A model that is named on the command line is meant as it is.
-    named = cfg.origin("base_model").kind == "override"
     loaded = load_trained(
         cfg.model,
         cfg.adapter,
         cfg.data,
         hardware,
         output_dir,
-        require_training=not named,
+        require_training=not named_on_purpose(cfg),
         untrained=untrained,
     )
     rows = prepare_data(cfg, loaded.tokenizer).eval_dataset()

@@ -17,7 +17,7 @@ from axolotl.inference.prompting import Prompter
 from axolotl.inference.sides import Sides
 from axolotl.inference.ui import check_place, serve_page
 from axolotl.registry import require_extra
-from axolotl.run.ready import ready, told_with_places
+from axolotl.run.ready import named_on_purpose, ready, refuse_untrained_adapter, told_with_places
 
 
 @told_with_places
@@ -31,12 +31,15 @@ def inference(
     gradio: bool = False,
     input_file: Path | None = None,
     output_file: Path | None = None,
+    untrained: bool = False,
     **sampling: Any,
 ) -> None:
-    """Loads the trained model and answers. `sampling`: fields of `Sampling`, None for the model's own. Without a terminal the question comes from stdin; nothing waits.
+    """Loads the trained model and answers. `sampling`: fields of `Sampling`, None for the model's own. Without a terminal the question comes from stdin; nothing waits. Without trained weights this is an error, unless
+    `untrained`, or a `--base-model`, says that the base model is meant.
 
     Raises a UserError for whatever the user can mend; a missing question or file is told before the model is loaded.
     """
+    refuse_untrained_adapter(cfg, untrained)
     hardware = detect_hardware()
     cfg = ready(cfg, hardware)
     if gradio:
@@ -79,7 +82,7 @@ def inference(
         if input_file and output_file:
             check_rows(input_file, output_file, prompter, system)
 
-    loaded = load(before_weights=look)
+    loaded = load(before_weights=look, untrained=untrained, require_training=not named_on_purpose(cfg))
     if gradio:
         tuned = loaded.trained.adapter or loaded.trained.model
         sides = Sides(loaded, (lambda: load(untrained=True)) if tuned else None)

@@ -17,7 +17,7 @@ from axolotl.inference.benchmarks import load_tasks, run_benchmarks, scores, tab
 from axolotl.inference.loading import Loaded, load_trained
 from axolotl.model.files import ADAPTER_CONFIG
 from axolotl.run.preprocess import carry_template
-from axolotl.run.ready import ready, told_with_places
+from axolotl.run.ready import named_on_purpose, ready, refuse_untrained_adapter, told_with_places
 
 RESULT = "lm_eval.json"
 
@@ -56,6 +56,7 @@ def lm_eval(
                 kind="conflict",
             )
         )
+    refuse_untrained_adapter(cfg, untrained)
     hardware = detect_hardware()
     cfg = ready(cfg, hardware)
     manager, tasks = load_tasks(cfg.method.lm_eval_tasks or ())
@@ -124,14 +125,12 @@ def _model(cfg: Config, untrained: bool) -> Loaded:
         }
         model = model.model_copy(update=other)
         untrained = True
-    # A model that is named on the command line is meant as it is.
-    trained = cfg.origin("base_model").kind != "override"
     return load_trained(
         model,
         adapter,
         cfg.data,
         detect_hardware(),
         cfg.output.output_dir,
-        require_training=trained,
+        require_training=not named_on_purpose(cfg),
         untrained=untrained,
     )

@@ -69,6 +69,24 @@ def ready(cfg: Config, hardware: Hardware) -> Config:
     return resolved
 
 
+def refuse_untrained_adapter(cfg: Config, untrained: bool) -> None:
+    """Raises ConfigError where `--untrained` and an adapter by name are both asked for."""
+    if untrained and cfg.adapter.lora_model_dir:
+        raise ConfigError(
+            cfg.problem(
+                "`--untrained` asks for the base model, `lora_model_dir` for an adapter.",
+                "Leave one of them out.",
+                "lora_model_dir",
+                kind="conflict",
+            )
+        )
+
+
+def named_on_purpose(cfg: Config) -> bool:
+    """Whether the base model is named on the command line, and so meant as it is where nothing was trained."""
+    return cfg.origin("base_model").kind == "override"
+
+
 def refuse(problems: Sequence[Problem]) -> None:
     """Shows warnings; raises for the rest, all at once."""
     for problem in problems:

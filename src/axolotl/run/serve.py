@@ -11,18 +11,19 @@ from axolotl import console
 from axolotl.config import Config
 from axolotl.config.method_blocks import Vllm
 from axolotl.distributed.world import detect_hardware
-from axolotl.errors import EnvironmentProblem
-from axolotl.inference.loading import Trained, find_trained
+from axolotl.errors import EnvironmentProblem, ModelError
+from axolotl.inference.loading import Trained, find_trained, nothing_trained
 from axolotl.inference.serve import serve_command
 from axolotl.model.files import WEIGHTS, WEIGHTS_INDEX
-from axolotl.run.ready import ready, told_with_places
+from axolotl.run.ready import named_on_purpose, ready, told_with_places
 
 
 @told_with_places
 def serve(cfg: Config, *, show: bool = False) -> int:
     """Starts vLLM on `{output_dir}/merged` where that is, else on what was trained; returns its exit code.
 
-    `show`: print the command on stdout and start nothing. Raises ConfigError and EnvironmentProblem before vLLM starts.
+    `show`: print the command on stdout and start nothing. Raises ConfigError, ModelError and
+    EnvironmentProblem before vLLM starts.
     """
     cfg = ready(cfg, detect_hardware())
     merged = Path(cfg.output.output_dir).expanduser() / "merged"
@@ -30,9 +31,10 @@ def serve(cfg: Config, *, show: bool = False) -> int:
     if not cfg.adapter.lora_model_dir and any((merged / n).is_file() for n in (WEIGHTS, WEIGHTS_INDEX)):
         found = Trained(model=merged)
     if found.adapter is None and found.model is None:
-        console.warn(
-            f"`{cfg.output.output_dir}` holds no trained weights: `{cfg.model.base_model}` is served alone."
-        )
+        nothing = nothing_trained(cfg.model, cfg.adapter, cfg.output.output_dir)
+        if nothing and not found.alone and not named_on_purpose(cfg):
+            raise ModelError(nothing)
+        console.note(f"`{cfg.model.base_model}` is served alone.")
     code = bool(cfg.model.trust_remote_code)
     vllm = cfg.method.vllm or Vllm()
     if show:
