@@ -58,7 +58,7 @@ CODES: Mapping[str, str] = MappingProxyType(
         "AX1208": "the loss is no number",
         "AX1301": "checkpoint",
         "AX1401": "this machine",
-        "AX1402": "does not fit into the GPU's memory",
+        "AX1402": "does not fit into memory",
         "AX1403": "the GPU's memory ran out",
         "AX1404": "optional package missing",
         "AX1405": "killed for want of memory (exit code -9)",

@@ -301,6 +301,22 @@ def test_memory_within_the_limits_of_a_container(tmp_path: Path) -> None:
     assert (now.total, now.free, now.limit) == (500000, 300000, "container")
 
 
+def test_files_that_can_be_dropped_and_swap_are_no_shortage(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\nSwapFree: 700 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    stat = "anon 100000\ninactive_file 200000\nactive_file 150000\n"
+    group(tmp_path, "", memory__max="500000", memory__current="490000", memory__stat=stat)
+    now = ram(tmp_path)
+    assert (now.total, now.free, now.swap) == (500000, 360000, 700 * 1024)
+    assert not now.nearly_out and not now.gone
+    group(tmp_path, "", memory__stat="", memory__swap__max="400000", memory__swap__current="400000")
+    now = ram(tmp_path)
+    assert (now.free, now.swap) == (10000, 0) and now.nearly_out
+    group(tmp_path, "", memory__current="499999")
+    assert ram(tmp_path).gone
+
+
 def test_memory_within_the_limits_of_an_old_container(tmp_path: Path) -> None:
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemTotal: 1000 kB\nMemAvailable: 800 kB\n")

@@ -18,7 +18,7 @@ import yaml
 
 from axolotl.config.host import Ram
 from axolotl.distributed.exits import explain_exit
-from axolotl.run.budget import within_ram
+from axolotl.distributed.ram_watch import within_ram
 
 Run = Callable[..., CompletedProcess[str]]
 TALK = [

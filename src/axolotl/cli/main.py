@@ -16,6 +16,9 @@ from axolotl.cli.arguments import PASS_ON, load, takes_config
 from axolotl.cli.processes import OwnOptions, check_launcher, run_training, takes_processes
 from axolotl.errors import AxolotlError
 
+LIGHT = ("check", "config-schema", "doctor", "explain", "fetch", "plan", "report")
+"""Verbs that neither prepare data nor load weights, so that memory is nothing they die of."""
+
 
 class Verbs(click.Group):
     """Shows a user's mistake without a traceback (exit 2) and leaves quietly on Ctrl-C (exit 130)."""
@@ -110,7 +113,14 @@ def main(args: Sequence[str] | None = None) -> None:
     """The entry point; leaves by SystemExit."""
     # Threads that wait for others by spinning take the core that those need: on a shared machine ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    cli.main(args=None if args is None else list(args), prog_name="axolotl")
+    words = sys.argv[1:] if args is None else list(args)
+    if not words or words[0] in LIGHT or words[0].startswith("-") or {"-h", "--help"} & set(words):
+        cli.main(args=words, prog_name="axolotl")
+        return
+    from axolotl.distributed.witness import witnessed
+
+    with witnessed(words[0]):
+        cli.main(args=words, prog_name="axolotl")
 
 
 if __name__ == "__main__":

@@ -100,8 +100,11 @@ def run_training(
         if world().is_main:
             benchmarks.after_training(cfg)
     if result.stuck:
+        from axolotl.distributed.witness import farewell
+
         # What a tracker's package has registered for the end of the process may wait for its server for minutes.
         sys.stdout.flush()
         sys.stderr.flush()
+        farewell()
         os._exit(result.exit_code)
     return result.exit_code

@@ -24,6 +24,8 @@ class Ram:
     free: int
     limit: str
     """What sets the total: `machine` or `container`."""
+    swap: int = 0
+    """Bytes of swap that are free; the kernel fills them before it ends a process."""
 
     @property
     def scarce(self) -> bool:
@@ -35,41 +37,48 @@ class Ram:
         """Whether so little is left (a twentieth, or half a GiB) that the kernel may soon end the process."""
         return bool(self.total) and self.free < min(_GIB // 2, self.total // 20)
 
+    @property
+    def gone(self) -> bool:
+        """Whether nothing but a last reserve is left (a fiftieth, or a quarter of a GiB), in swap neither."""
+        return bool(self.total) and self.free + self.swap < min(_GIB // 4, self.total // 50)
+
 
 def ram(root: Path = Path("/")) -> Ram:
     """Memory within the limits of the machine and of each control group above this process.
 
     `root`: where /proc and /sys are looked for. Zeros where the system tells nothing.
     """
-    total, free = _machine(root)
-    found = Ram(total, free, "machine")
-    for limit, used in _groups(root):
+    total, free, swap = _machine(root)
+    found = Ram(total, free, "machine", swap)
+    for limit, used, swap in _groups(root):
+        swap = min(swap, found.swap)
         if limit < min(found.total or _UNLIMITED, _UNLIMITED):
-            found = Ram(limit, min(found.free or _UNLIMITED, max(0, limit - used)), "container")
+            found = Ram(limit, min(found.free or _UNLIMITED, max(0, limit - used)), "container", swap)
         elif limit < _UNLIMITED:
-            found = Ram(found.total, min(found.free, max(0, limit - used)), found.limit)
+            found = Ram(found.total, min(found.free, max(0, limit - used)), found.limit, swap)
     return found
 
 
-def _machine(root: Path) -> tuple[int, int]:
+def _machine(root: Path) -> tuple[int, int, int]:
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:
         return _by_sysconf()
     values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1}
-    return values.get("MemTotal", 0), values.get("MemAvailable", values.get("MemFree", 0))
+    free = values.get("MemAvailable", values.get("MemFree", 0))
+    return values.get("MemTotal", 0), free, values.get("SwapFree", 0)
 
 
-def _by_sysconf() -> tuple[int, int]:
+def _by_sysconf() -> tuple[int, int, int]:
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
-        return 0, 0
-    return total, total
+        return 0, 0, 0
+    return total, total, 0
 
 
-def _groups(root: Path) -> list[tuple[int, int]]:
-    """(limit, memory in use that cannot be given back) of each control group of this process, both versions."""
+def _groups(root: Path) -> list[tuple[int, int, int]]:
+    """(limit, memory in use that cannot be given back, swap left) of each control group of this process, both versions."""
     found = []
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -80,22 +89,26 @@ def _groups(root: Path) -> list[tuple[int, int]]:
         if controllers and "memory" not in controllers.split(","):
             continue
         base = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        names = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        # Files that were read, weights among them, are dropped before anything is ended: those in use too.
+        limit_file, used_file, cached = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
             if controllers
-            else (
-                "memory.max",
-                "memory.current",
-                "inactive_file",
-            )
+            else ("memory.max", "memory.current", ("inactive_file", "active_file"))
         )
         # Inside a container its own group is mounted as the root, whatever path the kernel names.
         folders = [base / path.lstrip("/"), *(base / path.lstrip("/")).parents]
         for folder in dict.fromkeys([*(f for f in folders if base in (f, *f.parents)), base]):
-            limit, used = _number(folder / names[0]), _number(folder / names[1])
+            limit, used = _number(folder / limit_file), _number(folder / used_file)
             if limit is not None and used is not None:
-                found.append((limit, max(0, used - _cached(folder / "memory.stat", names[2]))))
+                used = max(0, used - _cached(folder / "memory.stat", cached))
+                found.append((limit, used, _swap_left(folder)))
     return found
+
+
+def _swap_left(folder: Path) -> int:
+    """Bytes of swap that a control group may still use; without limit where it does not say."""
+    limit, used = _number(folder / "memory.swap.max"), _number(folder / "memory.swap.current")
+    return _UNLIMITED if limit is None or used is None else max(0, limit - used)
 
 
 def _number(file: Path) -> int | None:
@@ -106,16 +119,17 @@ def _number(file: Path) -> int | None:
     return _UNLIMITED if text == "max" else min(int(text), _UNLIMITED) if text.isdigit() else None
 
 
-def _cached(file: Path, key: str) -> int:
+def _cached(file: Path, keys: tuple[str, ...]) -> int:
     """Bytes of files that the kernel keeps and drops when memory is asked for."""
+    found = 0
     try:
         for line in file.read_text().splitlines():
             name, _, value = line.partition(" ")
-            if name == key and value.isdigit():
-                return int(value)
+            if name in keys and value.isdigit():
+                found += int(value)
     except OSError:
         pass
-    return 0
+    return found
 
 
 def bytes_as_gib(count: int) -> str:
@@ -124,16 +138,17 @@ def bytes_as_gib(count: int) -> str:
 
 
 def oom_kills(root: Path = Path("/")) -> int:
-    """How often the kernel has ended a process of this container for want of memory; 0 where it does not say."""
-    most = 0
-    for file in (root / "sys/fs/cgroup/memory.events", root / "sys/fs/cgroup/memory/memory.oom_control"):
+    """How often the kernel has ended a process of this container, or of this machine, for want of memory; 0 where it
+    does not say."""
+    # The machine's own count is the last resort: it holds what has been ended in other containers too.
+    for file in ("sys/fs/cgroup/memory.events", "sys/fs/cgroup/memory/memory.oom_control", "proc/vmstat"):
         try:
-            for line in file.read_text().splitlines():
+            for line in (root / file).read_text().splitlines():
                 if line.startswith("oom_kill "):
-                    most = max(most, int(line.split()[1]))
+                    return int(line.split()[1])
         except (OSError, ValueError, IndexError):
             continue
-    return most
+    return 0
 
 
 def disk_free(folder: Path) -> int:

@@ -15,6 +15,7 @@ from axolotl.config.resolve import Hardware
 from axolotl.distributed.failure import tell_failure
 from axolotl.distributed.meeting import agent_store, of_this_round
 from axolotl.distributed.peers import PeerWatch, end_stuck_agent, own_connection, silence_allowed
+from axolotl.distributed.witness import farewell
 from axolotl.distributed.world import world
 from axolotl.errors import EnvironmentProblem
 
@@ -52,7 +53,7 @@ def start_group(hardware: Hardware, timeout: int | None = None) -> None:
                 place.machine,
                 place.machines,
                 speaks=place.local_rank == 0,
-                lost=_end,
+                lost=end_from_thread,
                 silence=silence,
             )
         )
@@ -61,12 +62,13 @@ def start_group(hardware: Hardware, timeout: int | None = None) -> None:
 _watches: list[PeerWatch] = []
 
 
-def _end(error: EnvironmentProblem) -> None:
-    """Ends this process from a thread: the others hang in a collective."""
+def end_from_thread(error: EnvironmentProblem) -> None:
+    """Ends this process from a thread, with its exit code: the others may hang in a collective."""
     code = tell_failure(error)
     sys.stdout.flush()
     sys.stderr.flush()
     end_stuck_agent()
+    farewell()
     os._exit(code)
 
 

@@ -28,6 +28,7 @@ from axolotl import console
 from axolotl.config.host import oom_kills
 from axolotl.distributed.exits import explain_exit
 from axolotl.distributed.failure import LAUNCH
+from axolotl.distributed.witness import farewell
 from axolotl.errors import Problem
 
 GRACE = 1.0  # seconds between the death of one process and the end of all
@@ -219,6 +220,7 @@ def launcher_command(
 
 def become(command: Sequence[str], environment: Mapping[str, str]) -> None:
     """Turns this process into another program, which then gets all signals."""
+    farewell()
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(command[0], list(command), dict(environment))

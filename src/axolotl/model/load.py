@@ -36,7 +36,9 @@ from axolotl.model.quantize import (
     pack_in_place,
     quantization_config,
     unpacking,
+    unpacks,
 )
+from axolotl.model.ram import room_for_weights
 from axolotl.model.tokenizer import explain_load_failure
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ def load_model(
     the CPU. `stop_tokens` are texts at which generation shall stop besides EOS. `adapter_dir`: an adapter that will be
     put on it, whose vocabulary counts. `in_parts`: the model will be divided among processes, and gets its weights after
     that (see `axolotl.model.empty`), as far as it can be loaded so. Raises ModelError for a model that is missing, damaged, unknown or does not
-    fit, and EnvironmentProblem where a package or memory is lacking.
+    fit, and EnvironmentProblem where a package or memory is lacking (see `axolotl.model.ram`).
     """
     problems = check_base_model(model, place)
     if problems:
@@ -93,13 +95,16 @@ def load_model(
             adapter_dir=adapter_dir,
             seed=seed,
         )
-    if empty is not None and not (empty.from_first and world().is_main):
-        loaded = empty.model
-    elif model.reinit_weights:
-        loaded = _from_nothing(cls, config, model, adapter, tokenizer, dtype, attn_implementation, device)
-    else:
-        loaded = _from_files(cls, config, model, adapter, dtype, attn_implementation, device, place)
-    _fit_vocabulary(loaded, model, adapter, tokenizer, training, adapter_dir)
+    own = empty is None or (empty.from_first and world().is_main)
+    whole = own and not divided()
+    with room_for_weights(model, adapter, dtype, device=device, unpack=unpacks(config), whole=whole):
+        if empty is not None and not own:
+            loaded = empty.model
+        elif model.reinit_weights:
+            loaded = _from_nothing(cls, config, model, adapter, tokenizer, dtype, attn_implementation, device)
+        else:
+            loaded = _from_files(cls, config, model, adapter, dtype, attn_implementation, device, place)
+        _fit_vocabulary(loaded, model, adapter, tokenizer, training, adapter_dir)
     if empty is not None:
         empty.ready(loaded)
     align_special_tokens(loaded, tokenizer, stop_tokens)

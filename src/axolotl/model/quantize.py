@@ -228,6 +228,11 @@ def _check_said_scheme(model: ModelSection, scheme: str | None) -> None:
         )
 
 
+def unpacks(config: transformers.PretrainedConfig) -> bool:
+    """Whether the files hold packed weights that become plain ones as they are loaded."""
+    return scheme_of(config) in _UNPACKED
+
+
 def unpacking(config: transformers.PretrainedConfig, model: ModelSection) -> Any | None:
     """The configuration that loads fp8 or mxfp4 weights as plain ones, so that an adapter can be trained or merged.
 

@@ -284,7 +284,7 @@ def _memory() -> Iterator[Finding]:
         yield Finding(
             "RAM",
             "note",
-            f"the kernel has ended {oom_kills()} processes of this container for want of memory.",
+            f"the kernel has ended {oom_kills()} processes of this container, or machine, for want of memory.",
             "",
             "AX1405",
         )

@@ -17,6 +17,7 @@ from typing import Any
 from axolotl import console
 from axolotl.config.host import oom_kills
 from axolotl.distributed.exits import explain_exit
+from axolotl.distributed.witness import TOLD_BY
 
 TABLE = "sweep.csv"
 
@@ -68,7 +69,7 @@ def sweep(runs: Sequence[Run], output_dir: Path) -> list[Outcome]:
 
 def _execute(command: Sequence[str]) -> int:
     """Runs a child that gets the terminal's Ctrl-C by itself; this process waits for it to save."""
-    child = subprocess.Popen(command, env=os.environ.copy())
+    child = subprocess.Popen(command, env=os.environ | {TOLD_BY: "sweep"})
     while True:
         try:
             return child.wait()

@@ -12,6 +12,7 @@ from axolotl.distributed.deepspeed import begin_zero
 from axolotl.distributed.failure import among_several, started_by_us
 from axolotl.distributed.fsdp import loads_in_parts
 from axolotl.distributed.group import from_main, start_group
+from axolotl.distributed.ram_watch import within_ram
 from axolotl.distributed.world import detect_hardware, only_repeatable_kernels, world
 from axolotl.distributed.zero import compiling
 from axolotl.errors import EnvironmentProblem, UserError
@@ -23,7 +24,6 @@ from axolotl.model.load import load_model
 from axolotl.model.tokenizer import new_token_ids
 from axolotl.report.run import write_run_report
 from axolotl.run.beforehand import problems_beforehand
-from axolotl.run.budget import within_ram
 from axolotl.run.memory import automatic, show_memory, tell_memory
 from axolotl.run.merge import merge_trained
 from axolotl.run.preprocess import carry_template, stop_tokens, tokenizer_of, training_data
@@ -80,19 +80,18 @@ def train(cfg: Config) -> TrainResult:
         only_repeatable_kernels()
     begin_zero(cfg, hardware)
     seed_everything(seed)
-    with within_ram("while the weights are loaded"):
-        model: Any = load_model(
-            cfg.model,
-            cfg.adapter,
-            tokenizer,
-            hardware,
-            training=True,
-            attn_implementation=attention.name,
-            seed=seed,
-            stop_tokens=stop_tokens(cfg, tokenizer),
-            adapter_dir=before,
-            in_parts=loads_in_parts(cfg.distributed),
-        )
+    model: Any = load_model(
+        cfg.model,
+        cfg.adapter,
+        tokenizer,
+        hardware,
+        training=True,
+        attn_implementation=attention.name,
+        seed=seed,
+        stop_tokens=stop_tokens(cfg, tokenizer),
+        adapter_dir=before,
+        in_parts=loads_in_parts(cfg.distributed),
+    )
     if cfg.adapter.adapter is not None:
         model = add_adapter(
             model,

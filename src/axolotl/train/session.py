@@ -42,6 +42,7 @@ from axolotl.train.checkpoint import (
     write_json,
 )
 from axolotl.train.earlier import set_aside
+from axolotl.train.killed import leaves, now_running, tell_killed
 from axolotl.train.progress import ProgressLine, RunLog, duration
 from axolotl.train.record import changed_config
 from axolotl.train.saving import is_disk_trouble, persistently
@@ -93,6 +94,7 @@ def resume_point(cfg: Config) -> ResumePoint:
     Raises CheckpointError for a checkpoint that is missing or damaged.
     """
     output_dir = Path(cfg.output.output_dir)
+    tell_killed(output_dir)
     resume, auto = cfg.train.resume_from_checkpoint, cfg.train.auto_resume_from_checkpoints
     if restarted(output_dir):
         note(f"Started again by the launcher after a failure: going on with the run in {output_dir}.")
@@ -192,7 +194,11 @@ def train(trainer: Trainer, cfg: Config, resume: Path | None = None) -> TrainRes
     Raises CheckpointError or EnvironmentProblem where the folder cannot be written, TrainingDiverged where the loss
     is no number any more.
     """
-    result = _train(trainer, cfg, resume)
+    try:
+        result = _train(trainer, cfg, resume)
+    finally:
+        if world().is_main:
+            leaves(trainer.parts.output_dir)  # type: ignore[attr-defined]
     trackers = [each for each in trainer.callback_handler.callbacks if isinstance(each, Guarded)]
     return replace(result, stuck=tuple(each.name for each in trackers if each.stuck))
 
@@ -209,7 +215,7 @@ def _train(trainer: Trainer, cfg: Config, resume: Path | None) -> TrainResult:
             return TrainResult(checkpoint_step(resume), True, None, {})
         return _finish_resumed(trainer, cfg, resume)
     if main:
-        write_json(output_dir / RUN, parts.run)
+        write_json(output_dir / RUN, parts.run | now_running())
         if resume is not None:
             note(f"Continuing from {resume}.")
     # Not the time of day, which may be set while the run goes on.

@@ -1,0 +1,55 @@
+"""A run that was killed is told of by the next one in its folder; one that ended with a word, or still goes on, is not."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from axolotl.train import killed
+from axolotl.train.checkpoint import write_json
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(killed, "oom_kills", lambda: 2)
+    write_json(tmp_path / "run.json", {"config": "x"} | killed.now_running())
+    (tmp_path / "run.jsonl").write_text('{"kind": "train", "step": 120}\n{"kind": "tra')
+    return tmp_path
+
+
+def test_a_run_that_the_kernel_ended(
+    run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(killed, "oom_kills", lambda: 3)
+    killed.tell_killed(run)
+    told = capfd.readouterr().err
+    assert "was killed after step 120 (SIGKILL, exit code -9)" in told
+    assert "the kernel has ended 1 processes here for want of memory" in told and "[AX1405]" in told
+
+
+def test_a_container_that_was_started_anew_counts_from_nothing(
+    run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(killed, "_boot", lambda: "another")
+    monkeypatch.setattr(killed, "oom_kills", lambda: 9)
+    killed.tell_killed(run)
+    assert "Most often that is the kernel" in capfd.readouterr().err
+
+
+def test_a_run_that_ended_with_a_word(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    killed.leaves(run)
+    killed.tell_killed(run)
+    assert capfd.readouterr().err == ""
+    assert json.loads((run / "run.json").read_text()) == {"config": "x"}
+
+
+def test_a_run_that_still_goes_on(
+    run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 1 << 22)
+    killed.tell_killed(run)
+    killed.tell_killed(run / "elsewhere")
+    assert capfd.readouterr().err == ""
