@@ -39,19 +39,22 @@ def tell_killed(output_dir: Path) -> None:
     if same and Path(f"/proc/{was.get('pid')}").exists() and was.get("pid") != os.getpid():
         return
     risen = oom_kills() - int(was.get("oom_kills") or 0) if same else 0
-    why = (
-        f" Since it began, the kernel has ended {risen} processes here for want of memory."
-        if risen > 0
-        else " Most often that is the kernel, for want of memory, or the machine going down."
-    )
+    why = "killed (most often by the kernel, for want of memory), or the machine went down"
+    if risen > 0:
+        why = (
+            f"the kernel has ended {risen} of the processes here for want of memory since then (exit code -9)"
+        )
+    elif same:
+        why = "somebody killed it, or it crashed inside a library"
     step = _last_step(output_dir / "run.jsonl")
     after = f" after step {step}" if step else ""
+    memory = risen > 0 or not same
     show_problem(
         Problem(
-            f"The last run in {output_dir} was killed{after} (SIGKILL, exit code -9), without a word of its own.{why}",
-            "Where memory was short: more RAM, `dataset_num_proc: 1`, or a smaller model.",
+            f"The last run in {output_dir} ended without a word{after}: {why}.",
+            "Where memory was short: more RAM, `dataset_num_proc: 1`, or a smaller model." if memory else "",
             "warning",
-            code="AX1405",
+            code="AX1405" if memory else "",
         )
     )
 
