@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from axolotl.errors import EnvironmentProblem, ModelError
 from axolotl.model.files import read_header
+from axolotl.weights.direct import PAGE
 from axolotl.weights.folder import written_whole
 from axolotl.weights.skeleton import LowRank
 from axolotl.weights.tensors import NAMES, ShardWriter, Spec, read_tensor
@@ -71,13 +73,57 @@ def test_low_rank_changes_by_blocks_are_rounded_once(dtype: torch.dtype, rows: i
     entry = read_header(tmp_path / "source")[0]["w"]
     change = LowRank(a, b)
     with ShardWriter(tmp_path / "out", {"w": Spec(entry.dtype, entry.shape)}, {}) as writer:
-        found = writer.rewrite("w", tmp_path / "source", entry, change.adder(check=True), rows)
+        later = writer.rewrite("w", tmp_path / "source", entry, change.adder(check=True), rows)
+        found = later()
     exact = weight.double() + b.double() @ a.double()
     written = load_file(tmp_path / "out")["w"]
     step = torch.finfo(dtype).eps
     assert ((written.double() - exact).abs() <= step * exact.abs() + 1e-6).all()
     assert len(found) == -(-37 // rows)
     assert max(d for d, _ in found) > 0
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(
+        st.sampled_from(
+            [0, 1, 7, 511, 512, PAGE // 4, PAGE // 4 + 1, PAGE - 1, PAGE, 3 * PAGE, 3 * PAGE + 5]
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    piece=st.sampled_from([1, 100, PAGE, PAGE + 12, 2**21]),
+    direct=st.booleans(),
+    order=st.randoms(use_true_random=False),
+)
+def test_pages_shared_by_tensors_are_written_whole(
+    tmp_path: Path, sizes: list[int], piece: int, direct: bool, order: random.Random
+) -> None:
+    tensors = {str(i): torch.randint(0, 256, (n, 4), dtype=torch.uint8) for i, n in enumerate(sizes)}
+    save_file(tensors, tmp_path / "source")
+    entries, _ = read_header(tmp_path / "source")
+    names = list(tensors)
+    order.shuffle(names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("axolotl.weights.tensors._PIECE", max(piece, sum(sizes) // 50))
+        if not direct:
+            patch.setattr("axolotl.weights.direct._opened_past_the_cache", lambda path: None)
+        with ShardWriter(tmp_path / "out", specs(tensors), {}) as writer:
+            for number, name in enumerate(names):
+                if number % 3 == 0:
+                    writer.write(name, tensors[name])
+                elif number % 3 == 1 or not len(tensors[name]):
+                    writer.copy(name, tmp_path / "source", entries[name])
+                else:
+                    writer.rewrite(name, tmp_path / "source", entries[name], lambda _, b: b.add_(1), 3)
+                    tensors[name] = tensors[name] + 1
+    found = load_file(tmp_path / "out")
+    assert all(torch.equal(found[n], t) for n, t in tensors.items())
+
+
+def test_a_disk_that_fills_up_is_told_when_the_file_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(OSError), ShardWriter(tmp_path / "x", {"a": Spec("U8", (2**60,))}, {}):
+        raise AssertionError("not reached")
 
 
 def test_a_writer_that_is_used_wrongly(tmp_path: Path) -> None:

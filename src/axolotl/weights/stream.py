@@ -177,6 +177,7 @@ def _write(
         if shard == list(files.shards)[-1]:
             planned |= {n: Spec(_planned_dtype(n, source, main), skeleton.shapes[n]) for n in extra}
         layout[shard] = list(planned)
+        found_later: dict[str, Callable[[], list[tuple[float, float]]]] = {}
         with ShardWriter(destination / shard, planned, files.metadata[shard]) as writer:
             for key, spec in planned.items():
                 name = name_of.get(key, key)
@@ -195,8 +196,8 @@ def _write(
                         low_rank.adder(check),
                         low_rank.rows,
                     )
-                    difference, largest = (max(values) for values in zip(*found, strict=True))
-                    worst = _worse(worst, name, difference / max(largest, 1e-12) if check else None)
+                    if check:
+                        found_later[name] = found
                     continue
                 if name not in ready:
                     dtypes = {n: DTYPES[_planned_dtype(n, source, main)] for n in change.names}
@@ -204,6 +205,9 @@ def _write(
                     ready.update({n: v for n, v in values.items() if changes.get(n) is change})
                     worst = _worse(worst, name, moved)
                 writer.write(key, ready.pop(name))
+        for name, found in found_later.items():
+            difference, largest = (max(values) for values in zip(*found(), strict=True))
+            worst = _worse(worst, name, difference / max(largest, 1e-12))
     if files.index is not None:
         index = make_index(layout, total, parameters)
         (destination / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

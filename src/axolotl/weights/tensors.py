@@ -11,8 +11,9 @@ import math
 import os
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,9 +23,12 @@ import torch
 
 from axolotl.errors import ModelError
 from axolotl.model.files import TensorEntry
+from axolotl.weights.direct import PAGE, Buffer, OutputFile
 
 T = TypeVar("T")
 _CHUNK = 2**26
+# Bytes of a file that one thread works on at a time.
+_PIECE = 2**21
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -70,7 +74,10 @@ class Spec:
 
 
 class ShardWriter:
-    """Writes one safetensors file whose tensors are known beforehand, in any order, by their place in the file."""
+    """Writes one safetensors file whose tensors are known beforehand, in any order, by their place in the file.
+
+    Tensors that fill whole pages come first, so that nearly all of the file can be written past the page cache.
+    """
 
     def __init__(self, path: Path, specs: Mapping[str, Spec], metadata: Mapping[str, str]) -> None:
         self.path, self._specs = path, dict(specs)
@@ -78,7 +85,8 @@ class ShardWriter:
         table: dict[str, object] = {"__metadata__": dict(metadata) or {"format": "pt"}}
         at = 0
         places: dict[str, int] = {}
-        for name, spec in self._specs.items():
+        for name in sorted(self._specs, key=lambda n: self._specs[n].nbytes % PAGE != 0):
+            spec = self._specs[name]
             places[name] = at
             table[name] = {
                 "dtype": spec.dtype,
@@ -87,22 +95,36 @@ class ShardWriter:
             }
             at += spec.nbytes
         text = json.dumps(table, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(len(text) + 8) % (PAGE if at >= PAGE else 8))
         self._header = struct.pack("<Q", len(text)) + text
         self._size = len(self._header) + at
         self._places = {name: len(self._header) + place for name, place in places.items()}
-        self._file: int
+        self._threads = torch.get_num_threads()
+        self._own = threading.local()
+        self._file: OutputFile
+        self._pool: ThreadPoolExecutor
+        self._under_way: deque[Future[Any]] = deque()
 
     def __enter__(self) -> ShardWriter:
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        _write_at(self._file, memoryview(self._header), 0)
-        os.truncate(self._file, self._size)
+        self._file = OutputFile(self.path, self._size)
+        # While some wait for the disk, others compute.
+        self._pool = ThreadPoolExecutor(self._threads + 2)
+        self._file.write(memoryview(self._header), 0)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        os.close(self._file)
+        try:
+            if kind is None:
+                self._wait_for(0)
+        except BaseException as failure:
+            kind, error, trace = type(failure), failure, failure.__traceback__
+            raise
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self._threads)
+            self._file.__exit__(kind, error, trace)
         if kind is None and self._waiting:
             raise RuntimeError(f"{self.path} was closed before all its tensors were written")
 
@@ -112,65 +134,91 @@ class ShardWriter:
             raise RuntimeError(f"{self.path}: `{name}` is {dtype} {shape}, announced as {self._specs[name]}")
         return self._places[name]
 
+    def _submit(self, work: Callable[[int], T], starts: range) -> list[Future[T]]:
+        """Does `work` for each start beside what is being done already; waits while much of it is under way."""
+        made = []
+        for start in starts:
+            self._wait_for(4 * self._threads + 4)
+            made.append(self._pool.submit(work, start))
+            self._under_way.append(made[-1])
+        return made
+
+    def _wait_for(self, left: int) -> None:
+        while len(self._under_way) > left:
+            self._under_way.popleft().result()
+
+    def _buffer(self, size: int) -> Buffer:
+        """Memory of this thread for a piece of the file."""
+        held: Buffer | None = getattr(self._own, "buffer", None)
+        if held is None or held.size < size:
+            self._own.buffer = held = Buffer(size)
+        return held
+
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """A tensor from memory."""
         at = self._place(name, NAMES[tensor.dtype], tuple(tensor.shape))
-        if tensor.numel():
-            _write_at(self._file, _bytes_of(tensor.detach().cpu().contiguous()), at)
+        if not tensor.numel():
+            return
+        data = _bytes_of(tensor.detach().cpu().contiguous())
+
+        def work(start: int) -> None:
+            self._file.write(data[start : start + _PIECE], at + start)
+
+        for piece in self._submit(work, range(0, len(data), _PIECE)):
+            piece.result()
 
     def copy(self, name: str, source: Path, entry: TensorEntry) -> None:
-        """A tensor byte by byte from another file."""
+        """A tensor byte by byte from another file; it may still be under way afterwards."""
         at = self._place(name, entry.dtype, entry.shape)
-        with source.open("rb", buffering=0) as file:
-            start = entry.start
-            while start < entry.end:
-                count = _copy_range(file.fileno(), self._file, entry.end - start, start, at)
-                if not count:
-                    raise ModelError(
-                        f"`{source}` ends before its last tensor.", "Copy or download the file again."
+
+        def work(start: int) -> None:
+            count = min(_PIECE, entry.nbytes - start)
+            with source.open("rb", buffering=0) as file:
+                if not self._file.direct:
+                    _copy_range(
+                        file.fileno(), self._file.plain, source, count, entry.start + start, at + start
                     )
-                start, at = start + count, at + count
+                    return
+                data = _bytes_of(self._buffer(count).piece(at + start, count))
+                _read_at(file.fileno(), source, data, entry.start + start)
+                self._file.write(data, at + start)
+
+        self._submit(work, range(0, entry.nbytes, _PIECE))
 
     def rewrite(
         self, name: str, source: Path, entry: TensorEntry, change: Callable[[int, torch.Tensor], T], rows: int
-    ) -> list[T]:
+    ) -> Callable[[], list[T]]:
         """A tensor from another file, changed on the way in blocks of `rows` rows that are worked on side by side.
 
-        `change(first_row, block)` changes the block itself; what it returns is collected.
+        `change(first_row, block)` changes the block itself; what it returns for all blocks is given by the function
+        that is returned, which waits for them.
         """
         at = self._place(name, entry.dtype, entry.shape)
         dtype, width = DTYPES[entry.dtype], entry.nbytes // entry.shape[0]
-        threads, scratch = torch.get_num_threads(), threading.local()
+        whole_pages = PAGE // math.gcd(PAGE, width)  # rows that fill pages
+        if rows > whole_pages:
+            rows -= rows % whole_pages
+        several = rows * max(1, _PIECE // (rows * width))
+        torch.set_num_threads(1)  # whole blocks side by side, instead of many threads in each small product
 
-        def work(row: int) -> T:
-            if not hasattr(scratch, "rows"):
-                scratch.rows = torch.empty((rows, *entry.shape[1:]), dtype=dtype)
-            block = scratch.rows[: min(rows, entry.shape[0] - row)]
-            _read_at(file.fileno(), source, _bytes_of(block), entry.start + row * width)
-            result = change(row, block)
-            _write_at(self._file, _bytes_of(block), at + row * width)
-            return result
+        def work(first: int) -> list[T]:
+            last = min(first + several, entry.shape[0])
+            place, count = at + first * width, (last - first) * width
+            data = self._buffer(count).piece(place, count)
+            with source.open("rb", buffering=0) as file:
+                _read_at(file.fileno(), source, _bytes_of(data), entry.start + first * width)
+            values = data.view(dtype).view(last - first, *entry.shape[1:])
+            found = [change(first + i, values[i : i + rows]) for i in range(0, last - first, rows)]
+            self._file.write(_bytes_of(data), place)
+            return found
 
-        with source.open("rb", buffering=0) as file:
-            torch.set_num_threads(
-                1
-            )  # whole blocks side by side, instead of many threads in each small product
-            try:
-                with ThreadPoolExecutor(threads) as pool:
-                    return list(pool.map(work, range(0, entry.shape[0], rows)))
-            finally:
-                torch.set_num_threads(threads)
+        pieces = self._submit(work, range(0, entry.shape[0], several))
+        return lambda: [each for piece in pieces for each in piece.result()]
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     data: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(data)
-
-
-def _write_at(file: int, data: memoryview, at: int) -> None:
-    while data:
-        count = os.pwrite(file, data[:_CHUNK], at)
-        data, at = data[count:], at + count
 
 
 def _read_at(file: int, path: Path, data: memoryview, at: int) -> None:
@@ -181,18 +229,24 @@ def _read_at(file: int, path: Path, data: memoryview, at: int) -> None:
         data, at = data[count:], at + count
 
 
-def _copy_range(source: int, target: int, count: int, start: int, at: int) -> int:
-    """Copies bytes between files, inside the kernel where it can; returns how many."""
-    count = min(count, 2**30)
-    if hasattr(os, "copy_file_range"):
+def _copy_range(source: int, target: int, path: Path, count: int, start: int, at: int) -> None:
+    """Copies bytes between files, inside the kernel where it can."""
+    while count and hasattr(os, "copy_file_range"):
         try:
-            return os.copy_file_range(source, target, count, start, at)
+            done = os.copy_file_range(source, target, count, start, at)
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-    data = os.pread(source, min(count, _CHUNK), start)
-    _write_at(target, memoryview(data), at)
-    return len(data)
+            break
+        if not done:
+            break
+        count, start, at = count - done, start + done, at + done
+    if count:
+        data = memoryview(bytearray(count))
+        _read_at(source, path, data, start)
+        while data:
+            done = os.pwrite(target, data, at)
+            data, at = data[done:], at + done
 
 
 def make_index(layout: Mapping[str, Sequence[str]], total_bytes: int, parameters: int) -> dict[str, object]:
