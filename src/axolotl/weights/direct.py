@@ -8,6 +8,7 @@ pages that two pieces share wait until both are there.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import threading
@@ -83,15 +84,24 @@ class OutputFile:
         if not middle:
             return
         if _address(middle) % PAGE == 0:
-            _write_all(self._direct, middle, first)
+            self._past_the_cache(middle, first)
             return
         if not hasattr(self._own, "buffer"):
             self._own.buffer = mmap.mmap(-1, 2**20)
         while middle:
             count = min(len(middle), len(self._own.buffer))
             self._own.buffer[:count] = middle[:count]
-            _write_all(self._direct, memoryview(self._own.buffer)[:count], first)
+            self._past_the_cache(memoryview(self._own.buffer)[:count], first)
             middle, first = middle[count:], first + count
+
+    def _past_the_cache(self, data: memoryview, at: int) -> None:
+        assert self._direct is not None
+        try:
+            _write_all(self._direct, data, at)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            _write_all(self.plain, data, at)  # a file system that opens such files, and wants larger blocks
 
     def _share(self, data: memoryview, at: int) -> None:
         """Keeps the bytes of a page that other pieces fill too, until it is full."""
@@ -107,8 +117,7 @@ class OutputFile:
             if full:
                 aligned = mmap.mmap(-1, PAGE)
                 aligned[:] = bytes(page)
-                assert self._direct is not None
-                _write_all(self._direct, memoryview(aligned), number * PAGE)
+                self._past_the_cache(memoryview(aligned), number * PAGE)
             data, at = data[count:], at + count
 
 
@@ -129,8 +138,8 @@ def _reserve(file: int, size: int) -> None:
     except (AttributeError, OSError):
         return
     fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    if size and fallocate(file, 0, 0, size) != 0 and ctypes.get_errno() == 28:  # ENOSPC
-        raise OSError(28, os.strerror(28))
+    if size and fallocate(file, 0, 0, size) != 0 and ctypes.get_errno() == errno.ENOSPC:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _address(data: memoryview) -> int:
