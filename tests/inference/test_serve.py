@@ -72,6 +72,11 @@ def test_an_adapter_is_served_beside_its_base(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "mine", rank_pattern={"q_proj": 20})
     text = " ".join(command(Trained(adapter=folder)))
     assert f"serve base --enable-lora --max-lora-rank 32 --lora-modules mine={folder}" in text
+    assert "--tokenizer" not in text
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (folder / name).write_text("{}")
+    text = " ".join(command(Trained(adapter=folder)))
+    assert f"--tokenizer {folder} --generation-config {folder}" in text
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,8 @@ def test_an_address_that_cannot_be_had_names_its_key() -> None:
         with pytest.raises(EnvironmentProblem, match=f"`gradio_server_port: {port}` cannot be used") as told:
             ui.check_place(OutputSection(gradio_server_port=port))
     assert told.value.problems[0].keys == ("gradio_server_port",)
+    with pytest.raises(ValueError, match="65535"):
+        OutputSection(gradio_server_port=65536)
     with pytest.raises(EnvironmentProblem, match=r"`gradio_server_name: 203\.0\.113\.7` cannot be used"):
         ui.check_place(OutputSection(gradio_server_name="203.0.113.7"))
     with pytest.raises(EnvironmentProblem, match="`gradio_server_name: no such host`"):

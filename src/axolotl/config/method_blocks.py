@@ -13,6 +13,7 @@ from axolotl.config.section import (
     Int,
     NonNegativeFloat,
     NonNegativeInt,
+    Port,
     PositiveFloat,
     PositiveInt,
     Text,
@@ -34,7 +35,7 @@ class Trl(Block):
     """Whether vLLM runs as a server or beside the trainer."""
     vllm_server_host: Text = "0.0.0.0"
     """Host of the server."""
-    vllm_server_port: PositiveInt = 8000
+    vllm_server_port: Port = 8000
     """Port of the server."""
     vllm_server_timeout: PositiveInt | None = None
     """Seconds to wait for the server."""
@@ -153,7 +154,7 @@ class Vllm(Block):
     """Keep common beginnings."""
     host: Text = "127.0.0.1"
     """Address it listens on; 0.0.0.0 opens it to the network."""
-    port: PositiveInt = 8000
+    port: Port = 8000
     """Port it listens on."""
     enable_reasoning: bool | None = None
     """Tell reasoning from answer."""

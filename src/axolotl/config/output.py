@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from axolotl.config.section import NonNegativeFloat, PositiveInt, Section, Text
+from axolotl.config.section import NonNegativeFloat, Port, PositiveInt, Section, Text
 
 
 class OutputSection(Section):
@@ -26,7 +26,7 @@ class OutputSection(Section):
     """Make the page public through Gradio's servers."""
     gradio_server_name: Text = "127.0.0.1"
     """Address the page listens on; 0.0.0.0 opens it to the network."""
-    gradio_server_port: PositiveInt | None = None
+    gradio_server_port: Port | None = None
     """Port the page listens on."""
     gradio_max_new_tokens: PositiveInt = 1024
     """Longest answer on the page, in tokens."""

@@ -21,6 +21,7 @@ def _number(value: Any) -> Any:
 Int = Annotated[int, BeforeValidator(_number)]
 PositiveInt = Annotated[Int, Gt(0)]
 NonNegativeInt = Annotated[Int, Ge(0)]
+Port = Annotated[Int, Gt(0), Le(65535)]
 Float = Annotated[float, BeforeValidator(_number)]
 PositiveFloat = Annotated[Float, Gt(0)]
 NonNegativeFloat = Annotated[Float, Ge(0)]

@@ -67,6 +67,11 @@ def serve_command(
             "--lora-modules",
             f"{name}={trained.adapter}",
         ]
+        # Else vLLM lays chats out, and ends answers, as the base model does.
+        if (trained.adapter / "tokenizer_config.json").is_file():
+            command += ["--tokenizer", str(trained.adapter)]
+        if (trained.adapter / "generation_config.json").is_file():
+            command += ["--generation-config", str(trained.adapter)]
     if problems:
         raise ConfigError(
             Problem(message, remedy, "invalid_value", ("vllm",)) for message, remedy in problems
