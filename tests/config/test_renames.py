@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+import axolotl
 from axolotl.config import Config, load_config
+from axolotl.config.old_conversations import LAYOUTS
 from axolotl.config.old_keys import LEFTOVER, REMOVED
 from axolotl.errors import ConfigError, Problem
 
@@ -119,15 +121,73 @@ def test_fields_of_messages(tmp_path: Path) -> None:
     assert cfg.warnings[0].keys == ("datasets[0].train_on_split",)
 
 
+TWO = "base_model: x\nlearning_rate: 1\n"
+
+
 @pytest.mark.parametrize(
-    "kind", ["sharegpt", "sharegpt:chat", "sharegpt.load_role", "sharegpt_simple.load_role"]
+    ("kind", "column", "role", "content"),
+    [
+        ("sharegpt", "conversations", "from", "value"),
+        ("sharegpt:chat", "conversations", "from", "value"),
+        ("sharegpt.load_role", "conversations", "role", "value"),
+        ("sharegpt_simple.load_role", "conversations", "role", "value"),
+        ("sharegpt.load_ultrachat", "messages", "role", "content"),
+    ],
 )
-def test_sharegpt_is_answered_with_what_to_write(tmp_path: Path, kind: str) -> None:
-    [problem] = refused(
-        f"datasets:\n  - path: a\n    type: {kind}", tmp_path, "base_model: x\nlearning_rate: 1\n"
+def test_sharegpt_is_read_as_messages(
+    tmp_path: Path, kind: str, column: str, role: str, content: str
+) -> None:
+    cfg = load(f"datasets:\n  - path: a\n    type: {kind}\n    conversation: llama-3", tmp_path, TWO)
+    [entry] = cfg.data.datasets or []
+    assert (entry.type, entry.field_messages, entry.chat_template) == ("chat_template", column, "llama3")
+    assert entry.message_property_mappings == {"role": role, "content": content}
+    [warning] = cfg.warnings
+    assert warning.places[0].line == 5
+    assert f"`field_messages: {column}`" in warning.message and "`chat_template: llama3`" in warning.message
+
+
+def test_what_a_sharegpt_entry_says_itself_stays(tmp_path: Path) -> None:
+    text = (
+        "chat_template: chatml\ndatasets:\n  - path: a\n    type: sharegpt\n    field_messages: talk\n"
+        "    message_field_role: who\n    message_field_content: what"
     )
-    assert (problem.kind, problem.places[0].line) == ("removed", 5)
-    assert "message_property_mappings" in problem.remedy
+    cfg = load(text, tmp_path, TWO)
+    [entry] = cfg.data.datasets or []
+    assert (entry.type, entry.field_messages, entry.chat_template) == ("chat_template", "talk", None)
+    assert entry.message_property_mappings == {"role": "who", "content": "what"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "kind", "key", "line"),
+    [
+        ("type: sharegpt", "missing", "datasets[0].type", 5),
+        ("type: sharegpt\n    conversation: vicuna_v1.1", "removed", "datasets[0].conversation", 6),
+        ("type: sharegpt.load_guanaco", "removed", "datasets[0].type", 5),
+    ],
+)
+def test_a_sharegpt_entry_of_unknown_layout_asks_for_it(
+    tmp_path: Path, lines: str, kind: str, key: str, line: int
+) -> None:
+    [problem] = refused(f"datasets:\n  - path: a\n    {lines}", tmp_path, TWO)
+    assert (problem.kind, problem.keys, problem.places[0].line) == (kind, (key,), line)
+    assert "chat_template" in problem.remedy
+
+
+def test_the_layouts_of_old_are_templates_of_today() -> None:
+    templates = Path(axolotl.__file__).parent / "data" / "templates"
+    assert {name for name in LAYOUTS.values() if not (templates / f"{name}.jinja").is_file()} == set()
+
+
+def test_options_of_bitsandbytes_at_the_top_level(tmp_path: Path) -> None:
+    flat = "load_in_4bit: true\nadapter: qlora\nlora_r: 8\nlora_alpha: 8\nlora_target_linear: true\n"
+    cfg = load(flat + "bnb_4bit_quant_type: fp4\nbnb_4bit_use_double_quant: false", tmp_path)
+    assert cfg.model.bnb_config_kwargs == {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}
+    assert [w.places[0].line for w in cfg.warnings] == [9, 10]
+    both = "bnb_4bit_quant_type: nf4\nbnb_config_kwargs: {bnb_4bit_quant_type: fp4}"
+    [problem] = refused(flat + both, tmp_path)
+    assert (problem.kind, problem.keys[0]) == ("conflict", "bnb_4bit_quant_type")
+    cfg = load(flat + "bnb_config_kwargs: {bnb_4bit_quant_type: nf4}\nbnb_4bit_quant_type: nf4", tmp_path)
+    assert cfg.model.bnb_config_kwargs == {"bnb_4bit_quant_type": "nf4"}
 
 
 @pytest.mark.parametrize("key", [*REMOVED, "save_safetensors"])
@@ -162,6 +222,6 @@ def test_an_old_boolean_takes_no_other_value(tmp_path: Path) -> None:
 
 
 def test_what_an_old_boolean_asked_for_is_told_with_its_own_name(tmp_path: Path) -> None:
-    [problem] = refused("use_scattermoe: true", tmp_path)
-    assert (problem.kind, problem.keys) == ("unavailable", ("use_scattermoe",))
-    assert problem.message.startswith("`use_scattermoe` belongs to")
+    [problem] = refused("gemma4_fp8_nonexpert: true", tmp_path)
+    assert (problem.kind, problem.keys) == ("unavailable", ("gemma4_fp8_nonexpert",))
+    assert problem.message.startswith("`gemma4_fp8_nonexpert` belongs to")

@@ -59,6 +59,13 @@ def test_resuming_does_not_evaluate_again_at_the_start(config):
     assert not build(config(), resuming=True)[0].eval_on_start
 
 
+def test_the_evaluation_before_the_first_step_can_be_left_out(config):
+    assert build(config(evals_per_epoch=4, eval_on_start=True))[0].eval_on_start
+    args, cadence = build(config(evals_per_epoch=4, eval_on_start=False))
+    assert not args.eval_on_start
+    assert cadence.evaluate
+
+
 def test_without_eval_data_there_is_no_evaluation(config):
     args, cadence = build(config(evals_per_epoch=4), has_eval_data=False)
     assert str(args.eval_strategy.value) == "no"

@@ -18,6 +18,8 @@ from axolotl.config.section import (
     later,
 )
 
+MIXLORA = "mixtures of adapters (MixLoRA)"
+
 
 class LoftQ(Block):
     """Start values that make up for the error of quantisation."""
@@ -81,6 +83,10 @@ class AdapterSection(Section):
     """Other ranks for layers whose name matches."""
     lora_alpha_pattern: dict[str, PositiveInt] | None = None
     """Other alphas for layers whose name matches."""
+    lora_fp32_gradients: bool = idle("an adapter's weights and gradients are float32 already", False)
+    """Sum an adapter's gradients in float32."""
+    nf4_backend: Text = later("adapters on torchao weights", "bitsandbytes")
+    """Package that holds 4-bit weights: bitsandbytes or torchao."""
     lora_on_cpu: bool = idle("merging chooses the device by itself", False)
     """Merge on the CPU."""
     peft_layers_to_transform: list[NonNegativeInt] | None = None
@@ -127,3 +133,19 @@ class AdapterSection(Section):
     """Where the model keeps its layers."""
     mora: Mora | None = later("MoRA")
     """Square matrices instead of low-rank pairs (MoRA)."""
+    mixlora_num_experts: PositiveInt | None = later(MIXLORA)
+    """Adapters among which a router chooses, in each feed-forward layer (MixLoRA)."""
+    mixlora_top_k: PositiveInt | None = later(MIXLORA)
+    """How many of them a token gets."""
+    mixlora_router_aux_loss_coef: NonNegativeFloat | None = later(MIXLORA)
+    """Weight of the loss that keeps them evenly used."""
+    mixlora_router_init_range: NonNegativeFloat | None = later(MIXLORA)
+    """Spread of the router's first weights."""
+    mixlora_jitter_noise: NonNegativeFloat | None = later(MIXLORA)
+    """Noise on what the router sees."""
+    mixlora_expert_lora_r: PositiveInt | None = later(MIXLORA)
+    """Rank of these adapters."""
+    mixlora_expert_lora_alpha: PositiveInt | None = later(MIXLORA)
+    """Their strength."""
+    mixlora_expert_lora_dropout: Fraction | None = later(MIXLORA)
+    """Share of their inputs that is dropped."""

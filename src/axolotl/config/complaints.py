@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -10,14 +11,19 @@ from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, ValidationError
 
 from axolotl.config.examples import example
-from axolotl.config.keys import SYNONYMS, block_at, did_you_mean, field_at, nearest, nested, owners
+from axolotl.config.keys import SYNONYMS, block_at, did_you_mean, distance, field_at, nearest, nested, owners
 from axolotl.config.old_keys import ALIASES, OLD_KEYS, RENAMED
 from axolotl.config.secrets import is_secret, masked
 from axolotl.config.section import Also, members
 from axolotl.config.yaml_file import Document, Path, Spot, dotted
 from axolotl.errors import Kind, Problem
 
+_VARIABLE = re.compile(r"\$\{?\w+(:-[^}]*)?\}?")
 _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", dict: "a mapping"}
+
+# What keys of one block are called in another.
+IN_BLOCKS = {"field": ("text_column",), "text_column": ("field",)}
+_MANY = 24
 
 # What people who write this value usually want.
 HINTS = {
@@ -180,6 +186,8 @@ class Complaints:
             remedy = f"Write `warmup_ratio: {got.strip('`')}` for a share of all steps."
         if path[0] in HINTS and len(path) == 1:
             remedy = HINTS[str(path[0])]
+        if isinstance(value, str) and _VARIABLE.fullmatch(value):
+            remedy = "Write the value itself: variables of the environment stand for paths and names alone."
         shown = example(model, path)
         remedy = remedy or f"Write {takes}" + (f", such as `{path[-1]}: {shown}`." if shown else ".")
         why = f": {said}." if said else f"; it takes {takes}."
@@ -198,7 +206,7 @@ class Complaints:
         parent = "".join("[]" if isinstance(p, int) else f".{p}" for p in path[:-1]).lstrip(".")
         remedy = ""
         if block is not None:
-            near = nearest(word, inside)
+            near = [each for each in IN_BLOCKS.get(word, ()) if each in inside] or nearest(word, inside)
             below = [h.parent for h in homes if h.parent.startswith(parent + ".")]
             if word in top:
                 remedy = f"`{word}` belongs at the top level of the file, not inside `{where}`."
@@ -208,7 +216,8 @@ class Complaints:
                 remedy = did_you_mean(near)
             else:
                 known = ", ".join(f"`{k}`" for k in inside)
-                remedy = f"Known here: {known}."
+                few = f"Known here: {known}."
+                remedy = few if len(inside) <= _MANY else f"`axolotl explain {path[0]}` lists the keys."
             return self.problem(
                 "unknown_key", f"`{word}` is not a key of `{where}`.", remedy, path, at_key=True
             )
@@ -224,8 +233,8 @@ class Complaints:
             remedy = did_you_mean(near)
             self.meant.update(near)
         else:
-            wider = nearest(word, {n.key for n in nested()})
-            homes = [n for n in nested() if n.key in wider]
+            limit = 1 if len(word) <= 8 else 2
+            homes = [n for n in nested() if len(word) > 4 and distance(word.lower(), n.key, limit) <= limit]
             if homes:
                 remedy = f"Did you mean `{homes[0].key}` inside `{homes[0].parent}`?"
         remedy = remedy or "Delete it, or look it up with `axolotl explain`."

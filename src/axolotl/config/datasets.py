@@ -7,6 +7,7 @@ from typing import Any, Literal
 from axolotl.config.section import (
     Block,
     Float,
+    Fraction,
     Int,
     NonNegativeInt,
     PositiveFloat,
@@ -16,6 +17,7 @@ from axolotl.config.section import (
     later,
 )
 
+SYNTHETIC = "synthetic rows in turns"
 _NO_CODE = "the code of a dataset is never run"
 _OLD_CONVERSATION = (
     "`type: chat_template` reads conversations, by the keys field_messages and message_property_mappings"
@@ -161,6 +163,14 @@ class DatasetEntry(Block):
     """Smallest token id of a synthetic dataset."""
     max_input_id: PositiveInt | None = None
     """One above the largest token id of a synthetic dataset."""
+    min_turns: PositiveInt | None = later(SYNTHETIC)
+    """Fewest pairs of turns in a row."""
+    max_turns: PositiveInt | None = later(SYNTHETIC)
+    """Most pairs of turns in a row."""
+    min_turn_length: PositiveInt | None = later(SYNTHETIC)
+    """Fewest tokens in a turn."""
+    input_fraction: Fraction | None = later(SYNTHETIC)
+    """Share of a row's tokens that are not trained."""
     seed: Int | None = None
     """Seed of a synthetic dataset."""
 

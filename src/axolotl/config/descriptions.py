@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from axolotl.config.complaints import expected
 from axolotl.config.keys import owner, owners
-from axolotl.config.old_keys import ALIASES, CHOICES, LEFTOVER, REMOVED, RENAMED
+from axolotl.config.old_keys import ALIASES, BITSANDBYTES, CHOICES, LEFTOVER, REMOVED, RENAMED
 from axolotl.config.section import facts
 
 
@@ -73,6 +73,7 @@ def old_keys() -> dict[str, tuple[str, str]]:
             {
                 **{old: ("alias", f"`{new}`") for old, new in ALIASES.items()},
                 **{old: ("renamed", f"`{new}`") for old, new in RENAMED.items()},
+                **{old: ("renamed", f"`bnb_config_kwargs.{old}`") for old in BITSANDBYTES},
                 **{old: ("alias", f"`{new}: {value}`") for old, (new, value) in CHOICES.items()},
                 **{old: ("removed", remedy) for old, remedy in REMOVED.items()},
                 **{old: ("leftover", reason) for old, reason in LEFTOVER.items()},

@@ -86,6 +86,8 @@ class DistributedSection(Section):
     """Devices that share each matrix product."""
     context_parallel_size: PositiveInt | None = None
     """Devices that share each row; the attention heads of the model have to be divisible by it."""
+    context_parallel: dict[str, Any] | None = later("ring and Ulysses attention")
+    """Sizes of rings and groups among which each row is shared."""
     heads_k_stride: PositiveInt | None = idle("devices that share a row exchange all heads at once")
     """Attention heads that travel at a time between these devices, in a ring."""
     ring_attn_func: Text | None = idle(
@@ -116,3 +118,7 @@ class DistributedSection(Section):
     """Tokens for which the buffers are sized."""
     expert_parallel_fallback_on_unsupported: bool = later("expert parallelism", True)
     """Go on without it where the hardware cannot."""
+    expert_parallel_save_dispatch: bool = later("expert parallelism", False)
+    """Keep what was exchanged instead of exchanging it again in the backward pass."""
+    expert_parallel_dispatch_chunks: PositiveInt | None = later("expert parallelism")
+    """Pieces in which tokens travel."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from axolotl.config.section import NonNegativeFloat, PositiveInt, Section, Steps, Text, idle, later
 
+TUNING = "no program here is tuned by a file"
 KERNELS = "this kernel is not built yet, and the plain path computes the same"
+HEAD = "the output head's gradient is always summed in float32"
 MOE = "mixture-of-experts kernels"
 
 
@@ -52,16 +54,32 @@ class KernelsSection(Section):
     """Output head and cross entropy in one, in pieces of the tokens."""
     chunked_cross_entropy_num_chunks: PositiveInt | None = None
     """Number of these pieces."""
+    cut_cross_entropy_accum_c_fp32: bool | None = idle(HEAD)
+    """Sum the output head's gradient in float32."""
+    cut_cross_entropy_c_grad_chunk_size: PositiveInt | Literal["auto"] | None = idle(HEAD)
+    """Rows of the vocabulary for which that is done at a time."""
     flash_attn_cross_entropy: bool | None = None
     """Output head and cross entropy in one, as cut_cross_entropy."""
     flash_attn_fuse_mlp: bool | None = idle(KERNELS)
     """Fuse the feed-forward layers, as old versions of flash-attention did."""
+    use_dft: bool | None = later("losses weighted by token")
+    """Weigh each token's loss by its probability (dynamic fine-tuning)."""
     use_eaft: bool = later("entropy-aware losses", False)
     """Weigh each token's loss by the entropy of its prediction."""
     eaft_alpha: NonNegativeFloat = later("entropy-aware losses", 1.0)
     """Strength of that weighing."""
     eaft_k: PositiveInt = later("entropy-aware losses", 20)
     """Likeliest tokens from which entropy is estimated."""
+    liger_kernel_impl: Text | None = idle(KERNELS)
+    """Other programs for Liger's kernels: cutile or cutedsl."""
+    fa_varlen_kwargs_in_collator: bool | None = idle("where packed rows begin is always found once per batch")
+    """Find where packed rows begin once per batch, not in each layer."""
+    autotune_cache_path: Text | None = idle(TUNING)
+    """File of the programs' best settings."""
+    autotune_profiles: list[dict[str, Any]] | None = idle(TUNING)
+    """Settings to choose among, for each program."""
+    autotune_neighborhood: PositiveInt | None = idle(TUNING)
+    """How far from the best known setting others are tried."""
     tiled_mlp: bool | None = None
     """Compute feed-forward layers in tiles of tokens: long contexts in less memory; unset: where it costs nothing."""
     tiled_mlp_num_shards: PositiveInt | None = None
@@ -84,11 +102,11 @@ class KernelsSection(Section):
     """Kernels for GLM's sparse attention."""
     experts_implementation: Text | None = idle(KERNELS)
     """How transformers computes experts: eager, batched_mm, grouped_mm."""
-    expert_backend: Text | None = later(MOE)
+    expert_backend: Text | None = idle(KERNELS)
     """Kernels for the experts: scattermoe or sonicmoe."""
     nonexpert_quantization: Text | None = later(MOE)
     """Quantisation of the layers outside the experts."""
-    moe_grouped_backend: Text | None = later(MOE)
+    moe_grouped_backend: Text | None = idle(KERNELS)
     """Backend of grouped products."""
     moe_dequant_chunk_size: PositiveInt | None = later(MOE)
     """Experts that are dequantised at a time."""

@@ -57,6 +57,7 @@ SYNONYMS = {
     "eval_data": "test_datasets",
     "eval_dataset": "test_datasets",
     "eval_datasets": "test_datasets",
+    "eta_min": "cosine_min_lr_ratio",
     "finetuning_type": "adapter",
     "grad_accum": "gradient_accumulation_steps",
     "grad_accumulation_steps": "gradient_accumulation_steps",
@@ -86,6 +87,7 @@ SYNONYMS = {
     "quantization_config": "bnb_config_kwargs",
     "r": "lora_r",
     "rank": "lora_r",
+    "rl_config": "trl",
     "save_embedding_layers": "lora_modules_to_save",
     "scheduler": "lr_scheduler",
     "seq_len": "sequence_len",
@@ -98,6 +100,7 @@ SYNONYMS = {
     "tokenizer_path": "tokenizer_config",
     "torch_dtype": "bf16",
     "train_batch_size": "micro_batch_size",
+    "use_auth_token": "hf_use_auth_token",
     "use_dora": "peft_use_dora",
     "use_lora": "adapter",
     "use_qlora": "adapter",
@@ -246,7 +249,10 @@ def nearest(word: str, known: Iterable[str], taken: Collection[str] = ()) -> lis
         return sorted(fresh, key=lambda each: (each[:1] != lowered[:1], abs(len(each) - len(lowered)), each))[
             :3
         ]
-    return difflib.get_close_matches(lowered, known, n=1, cutoff=0.7)
+    # Long words that end alike are no misspellings of each other: `ple_cpu_offload` is not `relora_cpu_offload`.
+    return difflib.get_close_matches(
+        lowered, [each for each in known if each[:1] == lowered[:1]], n=1, cutoff=0.7
+    )
 
 
 def did_you_mean(words: Collection[str]) -> str:

@@ -19,7 +19,7 @@ from axolotl.config.old_keys import is_off
 from axolotl.config.renames import Renaming
 from axolotl.config.rules import broken_rules
 from axolotl.config.section import Section, default_of, facts, members
-from axolotl.config.unbuilt import idle_keys
+from axolotl.config.unbuilt import idle_keys, way_without
 from axolotl.config.yaml_file import Path as KeyPath
 from axolotl.config.yaml_file import dotted, undotted
 from axolotl.errors import ConfigError, Place, Problem
@@ -145,7 +145,7 @@ class Loading(Merged):
                 self.complaints.problem(
                     "unavailable",
                     f"`{dotted(path)}` belongs to {feature}, which is not available yet.",
-                    "Delete the line to train without it.",
+                    way_without(feature),
                     path,
                     at_key=True,
                 )

@@ -55,6 +55,8 @@ class MethodSection(Section):
     """Losses of DPO that are added up."""
     dpo_loss_weights: list[Float] | None = later(PREFERENCE)
     """Weight of each of them."""
+    dpo_ld_alpha: Fraction | None = later(PREFERENCE)
+    """Weight of the tokens by which one answer is longer than the other of its pair."""
     precompute_ref_log_probs: bool | None = later(PREFERENCE)
     """Compute the reference's log-probabilities before training."""
     orpo_alpha: PositiveFloat | None = later(PREFERENCE)
@@ -117,8 +119,14 @@ class MethodSection(Section):
 
     diffusion: Diffusion | None = later("diffusion language models")
     """Train a model that fills in masked tokens."""
+    diffusion_lm: dict[str, Any] | None = later("diffusion language models")
+    """The same in newer files."""
+    diffusion_decision: dict[str, Any] | None = later("diffusion language models")
+    """Train such a model to choose among given answers."""
     hatchery: Hatchery | None = later("training on a remote service")
     """Train on a remote service."""
+    coreweave: dict[str, Any] | None = later("handing weights to CoreWeave while training")
+    """Hand weights to CoreWeave's inference while training."""
     llmcompressor: LlmCompressor | None = later("sparse training with llm-compressor")
     """Compress the model with a recipe of llm-compressor."""
     spectrum_top_fraction: Fraction = later("Spectrum", 0.5)

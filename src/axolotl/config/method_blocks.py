@@ -115,6 +115,24 @@ class Trl(Block):
     """How that correction is limited."""
     vllm_importance_sampling_cap: PositiveFloat | None = None
     """Its limit."""
+    vllm_importance_sampling_clip_min: NonNegativeFloat | None = None
+    """Smallest ratio that it corrects by."""
+    vllm_importance_sampling_clip_max: PositiveFloat | None = None
+    """Greatest ratio that it corrects by."""
+    entropy_coef: Float | None = None
+    """Weight of the entropy of answers in the loss."""
+    use_adaptive_entropy: bool | None = None
+    """Let that weight follow a target."""
+    entropy_target: Float | None = None
+    """The target."""
+    entropy_coef_delta: Float | None = None
+    """By how much the weight changes at a time."""
+    entropy_coef_min: Float | None = None
+    """Smallest weight."""
+    entropy_coef_max: Float | None = None
+    """Greatest weight."""
+    log_multimodal: bool | None = None
+    """Log images beside answers."""
     off_policy_mask_threshold: Float | None = None
     """Divergence above which an answer is left out."""
     use_bias_correction_kl: bool | None = None

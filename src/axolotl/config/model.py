@@ -194,6 +194,9 @@ class ModelSection(Section):
     qat: QuantizationAwareTraining | None = later("quantisation-aware training")
     """Train as if the weights were quantised already."""
 
+    ple_cpu_offload: bool = later("embeddings held in CPU memory", False)
+    """Hold a model's largest embeddings in CPU memory."""
+
     # Precision
     bf16: Literal["auto", "full"] | bool = "auto"
     """Train in bfloat16; `auto` does so where the hardware can."""
@@ -201,6 +204,8 @@ class ModelSection(Section):
     """Train in float16 with loss scaling."""
     fp8: bool = False
     """Do the matrix products in 8-bit floats."""
+    fp8_config: dict[str, Any] | None = later("recipes of 8-bit products")
+    """How numbers are brought to 8 bits."""
     fp8_enable_fsdp_float8_all_gather: bool = later("gathering FSDP shards in 8-bit floats", False)
     """Gather sharded weights in 8-bit floats."""
     bfloat16: bool = False

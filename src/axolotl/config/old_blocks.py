@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
+from axolotl.config.old_conversations import sharegpt_of_old
 from axolotl.config.old_keys import FSDP_LEFTOVER, SPECIAL_TOKENS, is_off
 from axolotl.config.yaml_file import Path, Spot, dotted
 from axolotl.errors import Place
@@ -165,15 +165,8 @@ def _dataset(renaming: Renaming, at: Path, entry: dict[Any, Any]) -> None:
             entry.setdefault("split", split)
             renaming.warn((*at, "train_on_split"), "is called `split` today.", "Write `split:` instead.")
     kind = entry.get("type")
-    if isinstance(kind, str) and re.match(r"sharegpt(_\w+)?([.:].*)?$", kind):
-        renaming.tell(
-            "removed",
-            f"`type: {kind}` is gone: `chat_template` reads such data.",
-            "Write `type: chat_template`, `field_messages: conversations` and `message_property_mappings: "
-            "{role: from, content: value}` instead.",
-            (*at, "type"),
-        )
-        del entry["type"]
+    if isinstance(kind, str) and kind.partition(":")[0].partition(".")[0].partition("_")[0] == "sharegpt":
+        sharegpt_of_old(renaming, at, entry, kind)
     elif isinstance(kind, str) and kind.startswith("chat_template."):
         entry["type"] = "chat_template" if kind in ("chat_template.default", "chat_template.load") else kind
 

@@ -31,6 +31,7 @@ RENAMED = {
     "relora_anneal_steps": "jagged_restart_anneal_steps",
     "adam_eps": "adam_epsilon",
     "random_init_weights": "reinit_weights",
+    "full_determinism": "deterministic",
     "sample_pack_sequentially": "sample_packing_sequentially",
 }
 
@@ -67,15 +68,20 @@ REMOVED = {
     "unsloth_lora_o": _UNSLOTH,
     "unsloth_rms_norm": "These patches were dropped. Set `liger_rms_norm: true` instead.",
     "unsloth_rope": "These patches were dropped. Set `liger_rope: true` instead.",
-    "bnb_4bit_use_double_quant": "Write it under `bnb_config_kwargs:`.",
-    "bnb_4bit_quant_type": "Write it under `bnb_config_kwargs:`.",
-    "bnb_4bit_compute_dtype": "Write it under `bnb_config_kwargs:`.",
     "peft_adapter": "Adapters of this kind were dropped. Use `adapter: lora`.",
     "landmark_attention": "Landmark attention was dropped. Delete the line.",
     "xpos_rope": "This rotary embedding was dropped. Delete the line.",
     "wandb_api_key": "A config holds no such secret: set the environment variable WANDB_API_KEY, or run `wandb login`.",
     "load_4bit": "Set `load_in_4bit: true` and `adapter: qlora` instead.",
 }
+
+# Options of bitsandbytes that people write at the top level, as its own class names them.
+BITSANDBYTES = (
+    "bnb_4bit_use_double_quant",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_compute_dtype",
+    "bnb_4bit_quant_storage",
+)
 
 # Left over in old files, without effect there and here.
 LEFTOVER = {
@@ -128,7 +134,7 @@ OFFLOADING = ("offload", "offload_disk", "unsloth", "selective")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 OLD_KEYS = frozenset(
-    {*ALIASES, *RENAMED, *CHOICES, *REMOVED, *LEFTOVER, "fsdp", "gc_steps", "save_safetensors"}
+    {*ALIASES, *RENAMED, *CHOICES, *REMOVED, *LEFTOVER, *BITSANDBYTES, "fsdp", "gc_steps", "save_safetensors"}
 )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from axolotl.config.section import NonNegativeFloat, Port, PositiveInt, Section, Text
+from axolotl.config.section import NonNegativeFloat, Port, PositiveInt, Section, Text, later
 
 
 class OutputSection(Section):
@@ -34,3 +34,5 @@ class OutputSection(Section):
     """Randomness of the answers on the page."""
     strict: bool = False
     """Refuse what would otherwise be replaced with a word in the log, such as an attention that is not installed."""
+    export: dict[str, Any] | None = later("export to GGUF")
+    """File for llama.cpp: name, number type, where llama.cpp lies."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from axolotl.config.config import Config
 from axolotl.config.keys import did_you_mean, nearest
+from axolotl.config.unbuilt import way_without
 from axolotl.errors import ConfigError, EnvironmentProblem
 
 GROUP = "axolotl.plugins"
@@ -21,14 +22,18 @@ INTEGRATIONS: dict[str, str | None] = {
     "liger": None,
     "cut_cross_entropy": None,
     "kernels": None,
+    "context_parallel": "ring and Ulysses attention",
+    "coreweave": "handing weights to CoreWeave while training",
     "densemixer": "DenseMixer",
     "diffusion": "diffusion language models",
+    "diffusion_decision": "diffusion language models",
     "expert_parallel": "expert parallelism",
     "grokfast": "Grokfast",
     "hatchery": "training on a remote service",
     "kd": "distillation",
     "llm_compressor": "sparse training with llm-compressor",
     "lm_eval": None,
+    "mixlora": "mixtures of adapters (MixLoRA)",
     "mora": "MoRA",
     "nemo_gym": "NeMo Gym",
     "spectrum": "Spectrum",
@@ -74,7 +79,7 @@ def complaint(name: str) -> tuple[str, str, str] | None:
             return (
                 "unavailable",
                 f"The plugin `{name}` stands for {feature}, which is not available yet.",
-                "Delete the line to train without it.",
+                way_without(feature),
             )
         return None
     if name in entry_points():

@@ -8,6 +8,7 @@ from axolotl.config.keys import owner
 from axolotl.config.old_blocks import datasets_of_old, fsdp_of_old, tokens_of_old
 from axolotl.config.old_keys import (
     ALIASES,
+    BITSANDBYTES,
     CHOICES,
     LEFTOVER,
     OFFLOADING,
@@ -116,6 +117,7 @@ class Renaming:
                 "takes true or false; `bf16` is what takes `auto`, and does so when it is not set.",
                 "Delete the line, or write `bf16: auto` instead.",
             )
+        self.bitsandbytes()
         tokens_of_old(self)
         fsdp_of_old(self)
         datasets_of_old(self)
@@ -151,6 +153,34 @@ class Renaming:
                 continue
             if self.rename(old, new, value):
                 chosen[new] = old
+
+    def bitsandbytes(self) -> None:
+        """Options of its configuration that stand at the top level go into `bnb_config_kwargs`."""
+        block = self.values.get("bnb_config_kwargs")
+        for old in BITSANDBYTES:
+            if old not in self.values:
+                continue
+            value = self.drop(old)
+            if value is None:
+                continue
+            if not isinstance(block, dict):
+                if block is not None:
+                    return
+                self.values["bnb_config_kwargs"] = block = {}
+                self.spots[("bnb_config_kwargs",)] = self.spots[(old,)]
+                self.layers["bnb_config_kwargs"] = self.layers.get(old, 0)
+                self.typed["bnb_config_kwargs"] = old
+            if block.setdefault(old, value) != value:
+                self.tell(
+                    "conflict",
+                    f"`{old}` and `bnb_config_kwargs.{old}` contradict each other.",
+                    f"Delete `{old}`.",
+                    (old,),
+                    ("bnb_config_kwargs", old),
+                )
+                continue
+            self.spots[("bnb_config_kwargs", old)] = self.spots[(old,)]
+            self.warn((old,), "stands under `bnb_config_kwargs` today.", "Write it there.")
 
     def gc_steps(self) -> None:
         steps = self.values.pop("gc_steps", None)

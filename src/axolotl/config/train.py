@@ -57,6 +57,10 @@ class SelectiveCheckpointing(Block):
     """What is kept: `attention`, `matmul` (all linear layers), or names of linear layers such as `o_proj`."""
     save_sliding_window: bool = False
     """Also keep the results of sliding-window attention."""
+    save_modules: list[Text] | None = later("keeping products by pattern or size")
+    """Linear layers whose results are kept: names or patterns of names."""
+    save_matmul_min_k: PositiveInt | None = later("keeping products by pattern or size")
+    """Keep the results of linear layers that have at least so many inputs."""
     recompute_layer_types: list[Text] | None = None
     """Layer types that are computed again in full."""
     offload: bool = False
@@ -110,6 +114,10 @@ class TrainSection(Section):
     """Steps after which training ends, whatever num_epochs says."""
     seed: NonNegativeInt | None = None
     """Seed of everything random; 42 when unset."""
+    balance_labels: bool = later("balancing trained tokens among batches", False)
+    """Give all batches about as many trained tokens."""
+    label_balance_window_optim_steps: PositiveInt = later("balancing trained tokens among batches", 1)
+    """Steps among which they are balanced."""
     deterministic: bool = False
     """Use only kernels that compute the same bits each time; slower, and needed on a GPU alone."""
     dataloader_num_workers: NonNegativeInt | None = None
@@ -136,6 +144,8 @@ class TrainSection(Section):
     """Keep frozen layers in CPU memory until they are needed."""
     torch_compile: Literal["auto"] | bool | None = None
     """Compile the layers with torch.compile, all of a kind at once; what cannot be compiled runs as it is."""
+    torch_compile_regional: bool | None = idle("layers are always compiled by themselves")
+    """Compile each layer by itself."""
     torch_compile_backend: Text | None = None
     """Backend of torch.compile."""
     torch_compile_mode: (
@@ -156,6 +166,12 @@ class TrainSection(Section):
     """Log trained tokens per second."""
     include_tkps: bool = idle("tokens per second are always logged", True)
     """Log tokens per second and device."""
+    logging_nan_inf_filter: bool | None = idle("losses are logged as they are")
+    """Log a loss that is no number as the mean of those before it."""
+    sync_profiler_steps: Annotated[PositiveInt | None, ZERO_IS_OFF] = later("counting waits for the GPU")
+    """Steps in which waits for the GPU are counted."""
+    sync_profiler_start_step: NonNegativeInt = later("counting waits for the GPU", 2)
+    """Step at which that begins."""
     profiler_steps: Annotated[PositiveInt | None, ZERO_IS_OFF] = None
     """Steps that PyTorch's profiler records."""
     profiler_steps_start: NonNegativeInt = 0
@@ -164,6 +180,8 @@ class TrainSection(Section):
     # Evaluation
     eval_strategy: Strategy = None
     """When to evaluate: no, steps or epoch."""
+    eval_on_start: bool | None = None
+    """Evaluate before the first step too; unset: wherever there is something to evaluate on."""
     eval_steps: Annotated[Steps | None, ZERO_IS_OFF] = None
     """Steps between two evaluations; below 1, a share of all steps."""
     evals_per_epoch: NonNegativeInt | None = None

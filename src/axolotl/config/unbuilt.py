@@ -13,6 +13,28 @@ from axolotl.config.old_keys import is_off
 from axolotl.config.section import Block, default_of, facts
 from axolotl.errors import Problem
 
+_WITHOUT = {
+    "preference tuning": "Nothing here learns from pairs yet. To train on the preferred answers alone, delete `rl` and the "
+    "keys of pairs, and choose a `type` that reads these answers.",
+    "reinforcement learning": "Nothing here learns from rewards yet. What trains are given answers: without `rl`, and with a "
+    "`type` such as `chat_template`.",
+    "reward models": "Nothing here trains models that score yet; deleting the line would train one that writes.",
+    "NeMo Gym": "Nothing here learns from rewards yet; deleting the line leaves nothing to learn from.",
+    "training on a remote service": "Delete the line, and the `rl` beside it, to train supervised on this machine.",
+    "diffusion language models": "Nothing takes its place: deleting the line would train a model that writes from left to "
+    "right.",
+    "multimodal training": "Delete the line to train on the text alone, with rows that hold no images or sound.",
+    "training on unprepared rows": "Delete the line: rows are prepared before they are trained.",
+    "ring and Ulysses attention": "Write `context_parallel_size:` with the number of devices that share a row.",
+    "export to GGUF": "Delete the line; llama.cpp's `convert_hf_to_gguf.py` reads what training and merging save.",
+    "distillation": "Nothing takes its place: without it the rows alone are learned, not the teacher.",
+}
+
+
+def way_without(feature: str) -> str:
+    """What to do about a key of a feature that is not built."""
+    return _WITHOUT.get(feature, "Delete the line to train without it.")
+
 
 def _in_use(cfg: Config, state: str) -> Iterator[tuple[str, Any, str]]:
     """Keys of a state that the user set to something else than off or the default: key, value, feature or reason."""
@@ -41,7 +63,7 @@ def unbuilt(cfg: Config) -> list[Problem]:
     return [
         cfg.problem(
             f"`{key}` is valid, but {feature} is not available yet.",
-            "Delete the line to train without it.",
+            way_without(feature),
             key,
             kind="unavailable",
         )
