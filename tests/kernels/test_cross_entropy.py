@@ -132,6 +132,36 @@ def test_an_incoming_gradient_scales_it():
     assert torch.allclose(tripled, 3 * x.grad)
 
 
+def test_hooks_that_move_saved_tensors_never_see_the_gradients():
+    """What `activation_offloading` would carry to the CPU and back: nothing of the head's size, nor of the input's."""
+    x, weight, targets = problem(20, 8, 50, 0.2)
+    bias = torch.zeros(50, requires_grad=True)
+    seen: list[torch.Size] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(tensor.shape)
+        return tensor
+
+    plain = plain_linear_cross_entropy(x, weight, targets, bias=bias)
+    expected = torch.autograd.grad(plain, (x, weight, bias))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = linear_cross_entropy(x * 1.0, weight, targets, bias=bias)
+    assert not [shape for shape in seen if shape.numel() > 1], seen
+    loss.backward()
+    for each, gradient in zip((x, weight, bias), expected, strict=True):
+        torch.testing.assert_close(each.grad, gradient)
+
+
+def test_gradients_are_given_once_and_not_held_beyond():
+    x, weight, targets = problem(20, 8, 50, 0.2)
+    loss = linear_cross_entropy(x, weight, targets)
+    (first,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        first.sum().backward()  # no second derivative
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
+
+
 def test_bfloat16_is_no_worse_than_the_plain_path():
     x, weight, targets = problem(64, 32, 300, 0.1)
     exact = outputs_and_gradients(

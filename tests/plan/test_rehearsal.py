@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -347,6 +348,55 @@ def test_loras_kernels_are_rehearsed_as_they_run(tmp_path: Path, family: str, re
     real = saved_bytes(model) + copies
     assert real <= rehearsed <= real + 15 * BLOCK_BYTES, f"{rehearsed:,} against {real:,}"
     assert rehearsed < 0.95 * plain
+
+
+def held_bytes() -> int:
+    """Bytes of all tensors that are alive, in CUDA's blocks."""
+    gc.collect()
+    storages = {}
+    for each in gc.get_objects():
+        if type(each) in (torch.Tensor, nn.Parameter) and each.device.type == "cpu":
+            storage = each.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(-(-size // BLOCK_BYTES) * BLOCK_BYTES for size in storages.values())
+
+
+def test_eight_bit_weights_are_planned_as_they_lie(tmp_path: Path) -> None:
+    """A byte for each number, a scale for each row, and the turned copy of the backward pass; nothing twice."""
+    kernels = KernelsSection(
+        lora_mlp_kernel=True, lora_qkv_kernel=True, lora_o_kernel=True, lora_fp8_base=True
+    )
+    path = folder(tmp_path, "llama")
+    skeleton: Any = build_skeleton(section(path), LORA, CPU, ATTENTION)
+    with Rehearsal(skeleton, Manner(), on_tensors(skeleton.get_base_model(), kernels)) as rehearsal:
+        rehearsal.first_step(Batch(B, T))
+        planned = rehearsal.ledger.usage.live - WORKSPACE
+        weights = rehearsal.ledger.usage.by_category["weights"]
+        work = rehearsal.ledger.account
+        assert not work.work
+        rehearsal.step(Batch(B, T))
+        kinds = {key[0] for phase in work.work.values() for key in phase} or {
+            key[0] for phase in rehearsal.ledger.account.work.values() for key in phase
+        }
+        assert "fp8 matmul" in kinds
+    before = held_bytes()
+    model = real_model(path, LORA, "sdpa", False)
+    linear = sum(m.weight.numel() for n, m in model.named_modules() if n.endswith("base_layer"))
+    made = apply_kernels(Bench(model.get_base_model(), kernels, torch.device("cpu"), torch.float32, B * T))
+    assert made.counts["LoRA decoder layer"] == 3
+    ids = torch.randint(0, 500, (B, T))
+    for _ in range(2):
+        model(
+            input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=torch.tensor(B * T)
+        ).loss.backward()
+        model.zero_grad()
+    del ids
+    real = held_bytes() - before
+    # A trial has turned the first layer's query, key and value, whose input needs no gradient.
+    trial = 64 * 128
+    assert planned <= real <= planned + trial + 4 * BLOCK_BYTES, f"{real:,} against {planned:,}"
+    outside = 2 * 512 * 64 * 4
+    assert 2 * linear + outside < weights < 2.2 * linear + outside + 100 * BLOCK_BYTES
 
 
 def test_our_kernels_keep_what_they_say(tmp_path: Path) -> None:

@@ -116,7 +116,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if db is not None:
                     db += slope.sum(0, dtype=torch.float32)
                 del logits, slope
-        ctx.save_for_backward(
+        # Not as saved tensors: hooks that move those to the CPU (`activation_offloading`) would carry the head's gradient
+        # there and back in each step. They are of this function's making, so nothing can change them meanwhile.
+        ctx.gradients = (
             dx,
             None if dw is None else dw.to(weight.dtype),
             None if db is None or bias is None else db.to(bias.dtype),
@@ -126,12 +128,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return (
-            *(None if g is None else g * grads[0].to(g.dtype) for g in ctx.saved_tensors),
-            None,
-            None,
-            None,
-        )
+        """Raises RuntimeError where it is gone through a second time, as autograd does for freed tensors."""
+        made, ctx.gradients = ctx.gradients, None
+        if made is None:
+            raise RuntimeError(
+                "linear_cross_entropy keeps its gradients for one backward pass (retain_graph does not hold them)."
+            )
+        return (*(None if g is None else g.mul_(grads[0].to(g.dtype)) for g in made), None, None, None)
 
 
 def _chunk(

@@ -107,18 +107,31 @@ class EightBitStack:
 
     def __init__(self, matrices: Sequence[EightBit]) -> None:
         self.matrices = list(matrices)
-        self.values, self.scale = matrices[0].values, matrices[0].scale
+        self._all: Quantized | None = None
         if len(matrices) > 1:
             bits = torch.cat([m.values.view(torch.uint8) for m in matrices])
-            self.values, self.scale = bits.view(torch.float8_e4m3fn), torch.cat([m.scale for m in matrices])
+            values, scale = bits.view(torch.float8_e4m3fn), torch.cat([m.scale for m in matrices])
+            self._all = values, scale
             start = 0
             for m in matrices:
                 size = m.values.shape[0]
-                m.values, m.scale = self.values[start : start + size], self.scale[start : start + size]
+                m.values, m.scale = values[start : start + size], scale[start : start + size]
                 start += size
-        self.column_scale: torch.Tensor | None = self.scale.view(-1)
         self._turned: torch.Tensor | None = None
         self._ones = torch.ones(self.values.shape[1], 1, device=self.values.device)
+
+    @property
+    def values(self) -> torch.Tensor:
+        # That of a single matrix is asked for: it may move into the buffer of another stack, and would stay here too.
+        return self.matrices[0].values if self._all is None else self._all[0]
+
+    @property
+    def scale(self) -> torch.Tensor:
+        return self.matrices[0].scale if self._all is None else self._all[1]
+
+    @property
+    def column_scale(self) -> torch.Tensor | None:
+        return self.scale.view(-1)
 
     def widened(self, dtype: torch.dtype, room: int) -> torch.Tensor | None:
         """None: 8-bit weights have no room for others beside them."""

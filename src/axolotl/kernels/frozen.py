@@ -20,8 +20,11 @@ class Frozen(Protocol):
     """Whether `widened` gives the same memory every time, in which the low-rank matrices stay."""
     eight_bit: bool
     """Whether the products are made of 8-bit floats, which whoever writes an input may make on the way."""
-    column_scale: torch.Tensor | None
-    """[N]: what the columns of an incoming gradient are multiplied by before they become 8-bit floats."""
+
+    @property
+    def column_scale(self) -> torch.Tensor | None:
+        """[N]: what the columns of an incoming gradient are multiplied by before they become 8-bit floats."""
+        ...
 
     @property
     def folds(self) -> bool:

@@ -58,6 +58,8 @@ class Bench:
     made: Replacements = field(default_factory=Replacements)
     groups: dict[nn.Module, Group] = field(default_factory=dict)
     """The LoRA layers that have our products, each with its group."""
+    before: list[Group] = field(default_factory=list)
+    """Groups whose layers have gone over to another."""
     waiting: dict[nn.Module, Waiting] = field(default_factory=dict)
     """What `fuse_linears` gave, by the first layer of the group."""
     _trials: dict[Any, str] = field(default_factory=dict)
@@ -123,6 +125,9 @@ def apply_kernels(bench: Bench) -> Replacements:
     for patch in PATCHES:
         if any(getattr(bench.kernels, key) for key in patch.keys):
             patch.apply(bench)
+    for group in bench.before:
+        # Trials have used them as the plain path.
+        group.lora.forget()
     if bench.groups:
         # Not the model itself: PEFT calls its forward without its hooks.
         hook = bench.model.base_model.register_forward_pre_hook(lambda *_: bench.begin_pass())
@@ -297,6 +302,7 @@ def _groups(bench: Bench, what: str, *sets: list[nn.Module], fold: bool = True) 
 
 def _group(bench: Bench, layers: list[nn.Module], *, fold: bool) -> Group:
     group = Group(layers, bench.made, fold=fold)
+    bench.before += [bench.groups[each] for each in layers if each in bench.groups]
     bench.groups.update(dict.fromkeys(layers, group))
     return group
 

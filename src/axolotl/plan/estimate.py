@@ -114,12 +114,15 @@ def requirement(
     model = build_skeleton(cfg.model, cfg.adapter, hardware, name, vocabulary, depth)
     whole: Any = model
     inner = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
-    notes = list(fuse(inner, cfg.kernels))
+    notes: list[str] = []
+    fuse(inner, cfg.kernels)
     parameters = count_parameters(model, cfg, layout)
     manner = _manner(cfg, parameters)
     batch, usual = _shared(batch, layout), _shared(usual or batch, layout)
     try:
         with Rehearsal(model, manner, on_tensors(inner, cfg.kernels)) as rehearsal:
+            if cfg.kernels.lora_fp8_base:
+                rehearsal.first_step(batch)
             rehearsal.step(batch)
             rehearsal.forget_gradients()
             usage, work = rehearsal.ledger.usage, rehearsal.ledger.account

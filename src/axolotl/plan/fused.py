@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from axolotl.config.kernels import KernelsSection
-from axolotl.kernels import cross_entropy, gates, norms, rotary
+from axolotl.kernels import cross_entropy, fp8, gates, norms, rotary
 from axolotl.model.decoder_layers import is_pre_norm
 from axolotl.model.fused_loss import fuse_loss, unfit
 from axolotl.model.replace import Replacements, with_global
@@ -29,11 +29,12 @@ _LOSSES = (
     "flash_attn_cross_entropy",
 )
 _OF_LORA = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
-_FILES: tuple[Any, ...] = (cross_entropy, gates, norms, rotary)
+_ON_TENSORS = (*_OF_LORA, "lora_fp8_base")
+_FILES: tuple[Any, ...] = (cross_entropy, fp8, gates, norms, rotary)
 
 
-def fuse(model: Any, kernels: KernelsSection) -> tuple[str, ...]:
-    """Gives a skeleton the kernels that the keys ask for; returns what is planned otherwise than it will run.
+def fuse(model: Any, kernels: KernelsSection) -> None:
+    """Gives a skeleton the kernels that the keys ask for.
 
     `model` is transformers' model, without PEFT's wrapper.
     """
@@ -49,15 +50,12 @@ def fuse(model: Any, kernels: KernelsSection) -> tuple[str, ...]:
                 made.forward(module, forward)
         if kernels.liger_glu_activation and (mlp := _mlp(module)) is not None:
             made.forward(module, _gated_forward(mlp))
-    if not kernels.lora_fp8_base:
-        return ()
-    return ("`lora_fp8_base`: planned with 16-bit weights, which need more memory and time.",)
 
 
-def on_tensors(model: Any, kernels: KernelsSection) -> Callable[[], None]:
+def on_tensors(model: Any, kernels: KernelsSection) -> Callable[[], Replacements]:
     """What gives a skeleton the kernels that move weights, to be called once these have (fake) memory."""
-    if not any(getattr(kernels, key) for key in _OF_LORA):
-        return lambda: None
+    if not any(getattr(kernels, key) for key in _ON_TENSORS):
+        return Replacements
     mlps = {module: mlp for module in model.modules() if (mlp := _mlp(module)) is not None}
     pre_norm = (
         [layer for layer in model.modules() if is_pre_norm(layer)]
@@ -118,15 +116,23 @@ class _Silent:
 def silent_programs(ledger: Ledger) -> Iterator[None]:
     """Inside, kernels take the way of a GPU, and their programs are only counted."""
     before = [(file, name, getattr(file, name)) for file in _FILES for name in ("runs_on", "programs")]
-    chunk = dict(cross_entropy.CHUNK_LOGITS)
+    chunk, scaled, turned = dict(cross_entropy.CHUNK_LOGITS), fp8.has_scaled_gemm, fp8.turned
+
+    def kept(values: torch.Tensor) -> torch.Tensor:
+        # The copy for the backward pass stays, as the weights do.
+        with ledger.during(ledger.phase, "weights"):
+            return turned(values)
+
     try:
         for file in _FILES:
             file.runs_on = lambda x: True
             file.programs = lambda name: _Silent(ledger)
+        fp8.has_scaled_gemm, fp8.turned = (lambda device: True), kept
         cross_entropy.CHUNK_LOGITS["cpu"] = chunk["cuda"]
         with places_without_content():
             yield
     finally:
         for file, name, value in before:
             setattr(file, name, value)
+        fp8.has_scaled_gemm, fp8.turned = scaled, turned
         cross_entropy.CHUNK_LOGITS.update(chunk)

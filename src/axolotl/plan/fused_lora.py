@@ -17,7 +17,7 @@ from axolotl.kernels.nf4 import FourBitStack
 from axolotl.kernels.norms import Norm
 from axolotl.model.decoder_layers import PROJECTIONS as PROJECTIONS_OF_ATTENTION
 from axolotl.model.decoder_layers import Halves, fuse_decoder_layer
-from axolotl.model.lora_layers import Group, Waiting, fuse_linears, fuse_mlp, misfit
+from axolotl.model.lora_layers import Group, Waiting, fuse_linears, fuse_mlp, hold_in_eight_bits, misfit
 from axolotl.model.replace import Replacements
 from axolotl.model.shapes import GatedMlp
 from axolotl.plan.skeleton import PackedLinear
@@ -62,8 +62,9 @@ class Shapes:
     """Its decoder layers whose halves can be one pass each."""
 
 
-def fuse_lora(model: Any, kernels: KernelsSection, shapes: Shapes) -> None:
-    """Gives a model on fake tensors the LoRA kernels that the keys ask for, where its layers take them.
+def fuse_lora(model: Any, kernels: KernelsSection, shapes: Shapes) -> Replacements:
+    """Gives a model on fake tensors the LoRA kernels that the keys ask for, where its layers take them. What it returns
+    is to be held as long as the model, as a run does: it may hold memory.
 
     `model` is transformers' model, without PEFT's wrapper.
     """
@@ -78,6 +79,14 @@ def fuse_lora(model: Any, kernels: KernelsSection, shapes: Shapes) -> None:
         groups.update(dict.fromkeys(layers, found))
         return found
 
+    if kernels.lora_fp8_base:
+        for module in list(model.modules()):
+            base = getattr(module, "base_layer", None)
+            if type(base) is nn.Linear and not misfit(module) and not base.weight.requires_grad:
+                hold_in_eight_bits(base, made)
+                alone = group([module], fold=False)
+                assert alone is not None
+                fuse_linears(alone, made, "")
     if kernels.lora_mlp_kernel:
         for module, mlp in shapes.mlps.items():
             fits = all(
@@ -98,6 +107,7 @@ def fuse_lora(model: Any, kernels: KernelsSection, shapes: Shapes) -> None:
         halves = _halves(layer, shapes.mlps.get(layer.mlp), groups, waiting)
         if halves is not None:
             fuse_decoder_layer(layer, halves, made, "")
+    return made
 
 
 def _halves(

@@ -23,6 +23,7 @@ BLOCK_BYTES = 512
 """CUDA's allocator hands out memory in multiples of this."""
 
 _MATMULS = {"aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten._grouped_mm"}
+_EIGHT_BIT = "aten._scaled_mm"
 _FREE = ("aten.empty", "aten.new_empty", "aten.detach")
 
 
@@ -31,7 +32,7 @@ class Work:
     """What one stretch of a rehearsal computes: all operations of one kind and size together."""
 
     kind: str
-    """`matmul`, `attention` or `memory` (bound by reading and writing)."""
+    """`matmul`, `fp8 matmul`, `attention`, `packed attention` or `memory` (bound by reading and writing)."""
     flops: float
     moved: float
     """Bytes read and written by one operation."""
@@ -164,7 +165,11 @@ class Ledger(TorchDispatchMode):
         if not moved:
             return
         self.account.operations[self.phase] += 1
-        if name in _MATMULS:
+        if name == _EIGHT_BIT:
+            left, right = inputs[:2]
+            rows, inner, columns = left.shape[0], left.shape[1], right.shape[1]
+            self.add("fp8 matmul", 2.0 * rows * inner * columns, moved, min(rows, inner, columns))
+        elif name in _MATMULS:
             left, right = [t for t in inputs if t.dim() >= 2][-2:]
             rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]
             batch = left.shape[0] if left.dim() == 3 else 1

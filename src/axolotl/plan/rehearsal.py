@@ -28,7 +28,7 @@ from axolotl.model.embeddings import embedding_rows
 from axolotl.model.replace import Replacements
 from axolotl.model.sparing import spare_memory
 from axolotl.plan.fused import silent_programs
-from axolotl.plan.ledger import Ledger
+from axolotl.plan.ledger import Account, Ledger
 from axolotl.plan.skeleton import packed_bytes, packed_layers
 
 ATTENTION = "axolotl_rehearsal"
@@ -192,7 +192,7 @@ class Rehearsal:
     `arrange` is called once the weights have their memory.
     """
 
-    def __init__(self, model: nn.Module, manner: Manner, arrange: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, model: nn.Module, manner: Manner, arrange: Callable[[], Any] = lambda: None) -> None:
         self.model: Any = model
         self.manner = manner
         self._arrange = arrange
@@ -206,7 +206,7 @@ class Rehearsal:
         self._stack.enter_context(silent_programs(self.ledger))
         with self.ledger.during("start", "weights"):
             self._materialise()
-            self._arrange()
+            self._arranged = self._arrange()
         if self.manner.state_bytes:
             with self.ledger.during("start", "optimizer"):
                 self._state = torch.empty(self.manner.state_bytes, dtype=torch.uint8)
@@ -313,6 +313,12 @@ class Rehearsal:
             self.model.train()
             self.model.zero_grad()
             _now.pop()
+
+    def first_step(self, batch: Batch) -> None:
+        """A step that makes what later ones find: its memory counts, its time does not."""
+        self.step(batch)
+        self.forget_gradients()
+        self.ledger.account = Account()
 
     def forget_gradients(self) -> None:
         """What zero_grad does after a step."""
