@@ -206,7 +206,7 @@ BAD: list[tuple[Callable[[Case], None], list[str]]] = [
     (other_architecture, ["one is a `qwen2` model, the other a `llama` model"]),
     (fewer_layers, ["layers that this one lacks, such as `model.layers.2."]),
     (kind_of_a_newer_peft, ["`NEWLORA`, which this PEFT does not have", "Install a newer peft"]),
-    (another_model_there, ["holds a model that no merge wrote"]),
+    (another_model_there, ["holds a model that was not merged, consolidated or quantised here"]),
     (other_files_there, ["holds other files and no model; it is not overwritten"]),
     (not_finite, ["holds numbers that are not finite, in `base_model.model.model.layers."]),
 ]

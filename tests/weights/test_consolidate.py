@@ -20,6 +20,7 @@ from axolotl.config.model import ModelSection
 from axolotl.distributed.states import save_weights
 from axolotl.errors import CheckpointError, EnvironmentProblem, ModelError
 from axolotl.weights.consolidate import SHARDED, consolidate, find_sharded
+from axolotl.weights.folder import refuse_destination
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 LLAMA, CHATML = FIXTURES / "tiny-llama3", FIXTURES / "tiny-chatml"
@@ -67,6 +68,10 @@ def test_the_model_comes_out_as_it_was_trained(base: Path, limit: int, tmp_path:
     assert report.bytes == sum(t.nbytes for f in files for t in load_file(f).values())
     assert ours.config.tie_word_embeddings == (base == CHATML)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == tokenizer.eos_token
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "tags: [axolotl, consolidated]" in card
+    assert str(tmp_path) not in card
+    refuse_destination(tmp_path / "merged", folder)  # what can be made again may be replaced
 
 
 @pytest.mark.slow
@@ -137,6 +142,8 @@ def test_an_adapter_comes_out_as_peft_saves_it(tmp_path: Path) -> None:
     assert set(saved) == set(ours)
     assert all(torch.equal(saved[k], ours[k]) for k in saved)
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(LLAMA), tmp_path / "out")
+    consolidate(section(LLAMA), folder, tmp_path / "out", AutoTokenizer.from_pretrained(LLAMA))
+    assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_where_it_is_looked_for(tmp_path: Path) -> None:

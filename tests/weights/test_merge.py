@@ -13,8 +13,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from axolotl.config.host import Ram
 from axolotl.errors import EnvironmentProblem, ModelError
 from axolotl.model.adapter import load_adapter
 from axolotl.model.embeddings import resize_embeddings
@@ -67,8 +68,10 @@ def test_merging_is_bit_equal_to_peft(kind: str, base: str, tmp_path: Path) -> N
     adapter = lora(**KINDS[kind])
     folder = train(tmp_path / "adapter", base, adapter)
     report = merge(
-        section(base), adapter, folder, tmp_path / "merged", verify="logits", sample_rows=IDS.tolist()
+        section(base), adapter, folder, tmp_path / "merged", verify="by layers", sample_rows=IDS.tolist()
     )
+    assert isinstance(report.checks[0], verify.Verification)
+    assert report.checks[0].tokens == IDS.numel()
     assert report.method == ("in memory" if kind == "pissa" else "layer by layer")
     assert report.checks[0].passed
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -194,16 +197,63 @@ def test_legacy_way_gives_the_same(tmp_path: Path) -> None:
     assert all(torch.equal(slow[k], fast[k]) for k in slow)
 
 
-def test_checking_layer_by_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_go_through_layer_by_layer_where_the_model_is_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {"tokens": ["<a>", "<b>"]}
+    folder = train(tmp_path / "adapter", CHATML, lora(peft_use_dora=True), **keys)
+    monkeypatch.setattr(verify, "_PATIENCE_BYTES", 10**5)
+    rows = [[5, 6, 4097, 8, 9], [10, 11, 12]]
+    report = merge(
+        section(CHATML, **keys), lora(peft_use_dora=True), folder, tmp_path / "merged", sample_rows=rows
+    )
+    assert "on rows, layer by layer" in capsys.readouterr().err
+    (check,) = report.checks
+    assert isinstance(check, verify.Verification)
+    assert check.passed
+    assert check.tokens == 8
+    models = verify.Models(
+        Path(CHATML), AutoConfig.from_pretrained(CHATML), folder, tmp_path / "merged", 4098
+    )
+    for by_layers, whole in (
+        (models.adapted_by_layers(rows, None), verify.logits_of(lambda: models.adapted(None), rows)),
+        (models.merged_by_layers(rows), verify.logits_of(models.merged_model, rows)),
+    ):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(by_layers, whole, strict=True))
+
+
+def test_weights_that_a_layer_takes_from_elsewhere_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import LlamaModel
+
+    right = LlamaModel.forward
+
+    def peeking(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = right(self, *args, **kwargs)
+        found.last_hidden_state = found.last_hidden_state + self.layers[0].mlp.up_proj.weight.mean()
+        return found
+
+    folder = train(tmp_path / "adapter", LLAMA, lora())
+    monkeypatch.setattr(LlamaModel, "forward", peeking)
+    report = merge(section(LLAMA), lora(), folder, tmp_path / "merged", verify="by layers")
+    assert isinstance(report.checks[0], verify.LayerCheck)
+    assert "The rows were not compared: its layers" in capsys.readouterr().err
+
+
+def test_checking_layer_by_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = train(tmp_path / "adapter", LLAMA, lora(peft_use_dora=True))
-    monkeypatch.setattr(verify, "_free_memory", lambda: 10**6)
+    monkeypatch.setattr(verify, "ram", lambda: Ram(10**6, 10**6, "machine", 0))
     report = merge(section(LLAMA), lora(), folder, tmp_path / "merged")
+    assert "Each layer is compared on its own, not on rows" in capsys.readouterr().err
     assert isinstance(report.checks[0], verify.LayerCheck)
     assert report.checks[0].passed
     assert 0 <= report.checks[0].difference < 1e-5
 
 
-@pytest.mark.parametrize("way", ["logits", "layers"])
+@pytest.mark.parametrize("way", ["logits", "by layers", "layers"])
 def test_a_wrong_merge_is_found_and_kept_aside(
     way: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,11 +312,14 @@ def test_destinations_that_are_refused(tmp_path: Path) -> None:
     shutil.copytree(LLAMA, tmp_path / "base")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "todo.txt").write_text("x")
+    shutil.copytree(LLAMA, tmp_path / "trained")
+    (tmp_path / "trained" / "README.md").write_text("---\ntags:\n- axolotl\n---\nTrained with axolotl.\n")
     for target, words in (
         (folder, "is read from"),
         (tmp_path / "base", "is read from"),
         (tmp_path, "is read from"),
         (tmp_path / "notes", "holds other files"),
+        (tmp_path / "trained", "was not merged, consolidated or quantised here"),
         (folder / "adapter_config.json", "is a file"),
     ):
         with pytest.raises(ModelError, match=words):

@@ -56,6 +56,8 @@ def test_smaller_and_the_same_when_read_back(keys: dict[str, Any], most: float, 
     assert type(again.model.layers[0].mlp.up_proj.weight).__name__ not in ("Tensor", "Parameter")
     assert (tmp_path / "q" / "tokenizer.json").is_file()
     assert report.table()[2].startswith(scheme_name(chosen))
+    assert "tags: [axolotl, quantized]" in (tmp_path / "q" / "README.md").read_text()
+    quantize(LLAMA, tmp_path / "q", chosen, AutoTokenizer.from_pretrained(LLAMA))  # may be made again
     with pytest.raises(ModelError, match="is quantised already"):
         quantize(tmp_path / "q", tmp_path / "r", chosen, AutoTokenizer.from_pretrained(LLAMA))
 

@@ -26,6 +26,7 @@ from axolotl.errors import CheckpointError, ModelError, Problem
 from axolotl.model.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS, WEIGHTS_INDEX, local_folder
 from axolotl.model.load import load_model_config
 from axolotl.weights.beside import save_beside
+from axolotl.weights.card import CARD, consolidated_card
 from axolotl.weights.folder import gigabytes, need_space, refuse_destination, written_whole
 from axolotl.weights.tensors import NAMES, ShardWriter, Spec, make_index
 
@@ -106,7 +107,7 @@ def consolidate(
     whole = sum(math.prod(s.shape) * (dtype or s.dtype).itemsize for s in stored.values())
     adapter = {n: s for n, s in stored.items() if _ADAPTER.search(n)}
     if adapter:
-        return _write_adapter(sharded, adapter, destination, dtype)
+        return _write_adapter(sharded, adapter, destination, dtype, model.base_model)
     need_space(destination, int(whole * 1.02) + 2**25, "The whole model")
     config = load_model_config(model)
     rows = next((s.shape[0] for n, s in stored.items() if n.endswith("embed_tokens.weight")), None)
@@ -133,6 +134,7 @@ def consolidate(
             or max((s.dtype for s in stored.values()), key=[s.dtype for s in stored.values()].count),
             stop_tokens=stop_tokens,
         )
+        (part / CARD).write_text(consolidated_card(model.base_model, "model", len(stored)), encoding="utf-8")
     success(f"Wrote {len(stored)} tensors ({gigabytes(total)}): {destination}")
     return Consolidated(destination, "model", len(stored), total)
 
@@ -285,7 +287,7 @@ def _write_files(
 
 
 def _write_adapter(
-    sharded: Path, stored: Mapping[str, _Stored], destination: Path, dtype: torch.dtype | None
+    sharded: Path, stored: Mapping[str, _Stored], destination: Path, dtype: torch.dtype | None, base: str
 ) -> Consolidated:
     """The adapter of a run that trained one, under the names that PEFT gives its files."""
     known = next((f for f in (sharded, *sharded.parents[:2]) if (f / ADAPTER_CONFIG).is_file()), None)
@@ -306,6 +308,7 @@ def _write_adapter(
                 value = _read(sharded, entry)
                 writer.write(name, value.to(dtype) if dtype and value.is_floating_point() else value)
         shutil.copy2(known / ADAPTER_CONFIG, part / ADAPTER_CONFIG)
+        (part / CARD).write_text(consolidated_card(base, "adapter", len(named)), encoding="utf-8")
     total = sum(s.nbytes for s in specs.values())
     success(f"Wrote an adapter of {len(named)} tensors ({gigabytes(total)}): {destination}")
     note(f"Next: axolotl merge-lora config.yml --lora-model-dir {destination}")

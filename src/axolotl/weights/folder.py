@@ -10,10 +10,12 @@ from pathlib import Path
 
 from axolotl.console import note
 from axolotl.errors import EnvironmentProblem, ModelError
+from axolotl.model.files import ADAPTER_CONFIG
+from axolotl.weights.card import is_ours
 
 
 def refuse_destination(destination: Path, *sources: Path) -> None:
-    """Raises ModelError for a destination that is one of the sources, or holds something other than a model."""
+    """Raises ModelError for a destination that is one of the sources, or holds what cannot be made again from them."""
     target = destination.resolve()
     for source in sources:
         if source.exists() and (target == source.resolve() or target in source.resolve().parents):
@@ -22,26 +24,18 @@ def refuse_destination(destination: Path, *sources: Path) -> None:
             )
     if destination.is_file():
         raise ModelError(f"`{destination}` is a file.", "Choose another output folder.")
-    if destination.is_dir() and any(destination.iterdir()) and not (destination / "config.json").is_file():
+    if not destination.is_dir() or not any(destination.iterdir()) or is_ours(destination):
+        return
+    if any((destination / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         raise ModelError(
-            f"`{destination}` holds other files and no model; it is not overwritten.",
-            "Choose another output folder, with --output DIR, or move the files.",
+            f"`{destination}` holds a model that was not merged, consolidated or quantised here; it is not "
+            "overwritten.",
+            "Choose another output folder, with --output DIR, or delete this one first.",
         )
-
-
-def refuse_foreign_model(destination: Path) -> None:
-    """Raises ModelError for a destination with a model that is not the result of an earlier merge."""
-    if (destination / "config.json").is_file() and not _is_ours(destination):
-        raise ModelError(
-            f"`{destination}` holds a model that no merge wrote; it is not overwritten.",
-            "Choose another output folder, or delete this one first.",
-        )
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether the model of a folder can be made again: its card says where it comes from."""
-    card = folder / "README.md"
-    return card.is_file() and "axolotl" in card.read_text(encoding="utf-8", errors="replace")
+    raise ModelError(
+        f"`{destination}` holds other files and no model; it is not overwritten.",
+        "Choose another output folder, with --output DIR, or move the files.",
+    )
 
 
 def need_space(folder: Path, needed: int, what: str) -> None:

@@ -26,12 +26,11 @@ from axolotl.model.load import bars_only_at_a_terminal, load_model_config
 from axolotl.model.quantize import scheme_of, unpacking
 from axolotl.model.tokenizer import explain_load_failure, load_tokenizer
 from axolotl.weights.beside import save_beside
-from axolotl.weights.card import model_card
+from axolotl.weights.card import CARD, model_card
 from axolotl.weights.folder import (
     gigabytes,
     need_space,
     refuse_destination,
-    refuse_foreign_model,
     replace,
     written_whole,
 )
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
     from axolotl.config.model import ModelSection
 
 Base = Literal["full", "quantized"]
-Verify = Literal["auto", "logits", "layers", "off"]
+Verify = Literal["auto", "logits", "by layers", "layers", "off"]
 
 
 @dataclass
@@ -121,7 +120,6 @@ def merge(
     bars_only_at_a_terminal()
     job = _prepare(model, adapter, adapter_dir, tokenizer, base)
     refuse_destination(destination, job.folder, adapter_dir)
-    refuse_foreign_model(destination)
     if is_untrained(adapter_dir):
         warn(f"The adapter `{adapter_dir}` was never trained: merging it changes nothing.")
     need = bytes_to_write(job.folder, unpacked=job.unpacking is not None)
@@ -140,7 +138,7 @@ def merge(
         written = None
         if reason is None:
             try:
-                written = _layer_by_layer(job, part, check=verify in ("layers", "auto"))
+                written = _layer_by_layer(job, part, check=verify in ("layers", "by layers", "auto"))
             except NotLayerwiseError as error:
                 reason = str(error)
                 for file in part.iterdir():
@@ -158,7 +156,8 @@ def merge(
         report.changed, report.tensors, report.bytes = written.changed, written.tensors, written.bytes
         report.dtype = written.dtype
         if verify != "off":
-            way = "logits" if report.method == "in memory" else verify
+            # The skeleton that layers are compared by has no adapter that only merges as a whole.
+            way = "whole" if report.method == "in memory" else verify
             models = Models(
                 job.folder,
                 job.config,
@@ -177,7 +176,7 @@ def merge(
                 base == "quantized",
                 rounding,
             )
-        (part / "README.md").write_text(
+        (part / CARD).write_text(
             model_card(model.base_model, adapter_dir, job.peft_config, written.dtype, report.checks),
             encoding="utf-8",
         )

@@ -15,6 +15,7 @@ from axolotl.errors import EnvironmentProblem, ModelError, Problem
 from axolotl.inference.evaluate import LossReport
 from axolotl.model.files import read_json, read_weight_files
 from axolotl.registry import require_extra
+from axolotl.weights.card import CARD, base_named_in, quantized_card
 from axolotl.weights.folder import gigabytes, need_space, refuse_destination, written_whole
 
 if TYPE_CHECKING:
@@ -203,12 +204,14 @@ def quantize(
         again = AutoModelForCausalLM.from_pretrained(part, **options)
         after = measure(again) if measure else None
         del again
-    report = QuantizeReport(
-        destination,
-        scheme_name(wanted),
-        Row.of("before", size, before),
-        Row.of(scheme_name(wanted), files.total_bytes, after),
-    )
+        report = QuantizeReport(
+            destination,
+            scheme_name(wanted),
+            Row.of("before", size, before),
+            Row.of(scheme_name(wanted), files.total_bytes, after),
+        )
+        card = quantized_card(base_named_in(source), report.scheme, report.table())
+        (part / CARD).write_text(card, encoding="utf-8")
     success(f"Quantised to {report.scheme}: {destination}")
     return report
 

@@ -23,13 +23,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from axolotl.errors import ModelError
 from axolotl.model.adapter_files import check_adapter_fits
 from axolotl.model.embeddings import mean_row
 from axolotl.model.files import ADAPTER_WEIGHTS
 from axolotl.weights.deferred import DeferredAdapter
+from axolotl.weights.shell import Shell, is_placeholder
 
 # Kinds whose layers merge on their own; the others go through PEFT with the whole model in memory.
 _LAYERWISE = frozenset(
@@ -48,17 +49,6 @@ ReadTensor = Callable[[str], torch.Tensor | None]
 """Gives the base model's tensor of that name (float32, its own memory), or None where the base has none."""
 Computed = tuple[dict[str, torch.Tensor], float | None]
 """Merged tensors by name and, where it was asked for, how far they are from base and adapter."""
-
-
-def _placeholder(shape: torch.Size) -> nn.Parameter:
-    """A weight of that shape that takes no memory."""
-    parameter = nn.Parameter(torch.zeros(1).expand(shape), requires_grad=False)
-    parameter.is_placeholder = True  # type: ignore[attr-defined]
-    return parameter
-
-
-def is_placeholder(parameter: Any) -> bool:
-    return getattr(parameter, "is_placeholder", False)
 
 
 class NotLayerwiseError(Exception):
@@ -139,24 +129,11 @@ def why_not_layerwise(config: PeftConfig) -> str | None:
     return None
 
 
-class Skeleton:
+class Skeleton(Shell):
     """Architecture with placeholder weights, and a trained adapter on it. `rows`: of the embeddings."""
 
     def __init__(self, config: PretrainedConfig, peft_config: PeftConfig, folder: Path, rows: int) -> None:
-        config = copy.deepcopy(config)
-        config.get_text_config().vocab_size = rows
-        with torch.device("meta"):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        self._empty_weights()
-        self.shapes = {n: tuple(t.shape) for n, t in self.model.state_dict().items()}
-        modules = {id(m): f"{n}.weight" for n, m in self.model.named_modules()}
-        first, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        self.input_name = modules[id(first)]
-        self.output_name = None if head is None else modules[id(head)]
-        self.tied = head is not None and head.weight is first.weight
-        self.linear_names = frozenset(
-            f"{n}.weight" for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and m is not head
-        )
+        super().__init__(config, rows)
         check_adapter_fits(
             self.model, folder, peft_config, allow_pickle=True
         )  # refused before, unless allowed
@@ -174,15 +151,6 @@ class Skeleton:
                 "The adapter was not saved to its end: use an earlier checkpoint.",
             )
         self.peft_model.eval()
-
-    def _empty_weights(self) -> None:
-        """Gives every weight its shape and no memory. Tied weights stay tied."""
-        made: dict[int, nn.Parameter] = {}
-        for module in self.model.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if id(parameter) not in made:
-                    made[id(parameter)] = _placeholder(parameter.shape)
-                module._parameters[name] = made[id(parameter)]
 
     def changes(self) -> Iterator[Change]:
         """Everything that the adapter changes. Raises NotLayerwiseError for a module that PEFT merges differently."""

@@ -13,6 +13,7 @@ import torch
 from axolotl.console import note
 from axolotl.errors import ModelError
 from axolotl.model.files import WEIGHTS_INDEX, TensorEntry, WeightFiles
+from axolotl.weights.shell import Shell
 from axolotl.weights.skeleton import Change, Computed, NotLayerwiseError, ReadTensor, Skeleton, resized
 from axolotl.weights.tensors import DTYPES, ShardWriter, Spec, make_index, read_tensor
 
@@ -35,9 +36,7 @@ class Written:
 class Source:
     """The base model's files under the names that the model in memory has."""
 
-    def __init__(
-        self, files: WeightFiles, skeleton: Skeleton, rows: int, transform: Transform | None
-    ) -> None:
+    def __init__(self, files: WeightFiles, skeleton: Shell, rows: int, transform: Transform | None) -> None:
         self.files, self.skeleton, self.rows, self.transform = files, skeleton, rows, transform
         prefix = f"{skeleton.model.base_model_prefix}."
         self.key_of: dict[str, str] = {}

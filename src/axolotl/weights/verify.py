@@ -14,12 +14,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
+from axolotl.config.host import ram
 from axolotl.console import note
 from axolotl.model.adapter import load_adapter
+from axolotl.model.adapter_files import adapter_config
 from axolotl.model.embeddings import resize_embeddings
-from axolotl.weights.stream import Written
+from axolotl.model.files import read_weight_files
+from axolotl.weights.folder import gigabytes
+from axolotl.weights.layerwise import largest_part, logits_by_layers
+from axolotl.weights.shell import Shell
+from axolotl.weights.skeleton import NotLayerwiseError, Skeleton
+from axolotl.weights.stream import Source, Written
 
 # Logits that differ by less than one step of bfloat16 are a tie.
 _BF16_STEP = 2.0**-7
@@ -118,6 +125,24 @@ class Models:
         """The merged model, its weights raised to float32, so that nothing but the merge is compared."""
         return self._load(self.merged)
 
+    def shell(self) -> Shell:
+        """The architecture without weights."""
+        return Shell(self.config, self.rows)
+
+    def adapted_by_layers(
+        self, rows: Sequence[Sequence[int]], rounding: Callable[[torch.Tensor], torch.Tensor] | None
+    ) -> list[torch.Tensor]:
+        """Logits of base and adapter with memory for one layer. Raises NotLayerwiseError."""
+        skeleton = Skeleton(self.config, adapter_config(self.adapter), self.adapter, self.rows)
+        source = Source(read_weight_files(self.base), skeleton, self.rows, rounding)
+        return logits_by_layers(skeleton, source, rows, skeleton.deferred)
+
+    def merged_by_layers(self, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """Logits of the merged model, as its own files describe it, with memory for one layer."""
+        code = {"trust_remote_code": True} if self.trust_remote_code else {}
+        shell = Shell(AutoConfig.from_pretrained(self.merged, **code), self.rows)
+        return logits_by_layers(shell, Source(read_weight_files(self.merged), shell, self.rows, None), rows)
+
     def _load(self, folder: Path, **options: Any) -> Any:
         if self.trust_remote_code:
             options["trust_remote_code"] = True
@@ -137,41 +162,73 @@ def verify_merge(
     onto_quantized: bool,
     rounding: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> list[Check]:
-    """Compares the merged model with base and adapter: by logits on `rows`, or layer by layer where memory is short.
+    """Compares the merged model with base and adapter on `rows`: whole models, the layers of both in turn, or, where
+    not even that is possible, what each layer does to made-up inputs.
 
-    `way`: "logits", "layers", or "auto". `rounding` is what quantised training did to the base (None: nothing); then
-    both bases are compared, and only the one that was merged into binds.
+    `way`: "logits", "by layers", "layers", "whole" (if at all, as whole models), or "auto", which chooses by size and free memory and says what it chose.
+    `rounding` is what quantised training did to the base (None: nothing); then both bases are compared, and only the one
+    that was merged into binds.
     """
-    if way == "layers" or (way == "auto" and not _fits(written)):
+    if way == "auto":
+        way = _way(models, written)
+    if way == "whole" and 1.5 * _bytes_in_float32(written) > (free := ram().free or 2**62):
+        note(
+            f"The merged model is not compared with base and adapter: in float32 it is "
+            f"{gigabytes(_bytes_in_float32(written))}, and {gigabytes(free)} of memory are free."
+        )
+        return []
+    if way == "layers":
         return [LayerCheck(*written.worst_layer, written.dtype)] if written.worst_layer else []
-    rows = [list(r)[:128] for r in rows if len(r) > 1][:4]
+    rows = [list(r)[: 64 if way == "by layers" else 128] for r in rows if len(r) > 1][:4]
     if not rows:
         return []
-    note(f"Comparing the merged model with base and adapter on {sum(map(len, rows))} tokens.")
-    merged = logits_of(models.merged_model, rows)
     bases: list[tuple[str, Any, bool]] = [("full base + adapter against merged", None, not onto_quantized)]
     if rounding is not None:
         bases.append(("quantised base + adapter against merged", rounding, onto_quantized))
-    checks: list[Check] = []
-    for name, transform, binding in bases:
-        reference = logits_of(lambda t=transform: models.adapted(t), rows)  # type: ignore[misc]
-        checks.append(compare(name, reference, merged, written.dtype, binding))
-    return checks
+    if way == "by layers":
+        try:
+            merged = models.merged_by_layers(rows)
+            references = [models.adapted_by_layers(rows, transform) for _, transform, _ in bases]
+        except NotLayerwiseError as error:
+            note(f"The rows were not compared: {error}. Each layer was, on its own.")
+            return verify_merge(models, written, rows, "layers", onto_quantized, rounding)
+    else:
+        note(f"Comparing the merged model with base and adapter on {sum(map(len, rows))} tokens.")
+        merged = logits_of(models.merged_model, rows)
+        references = [logits_of(lambda t=transform: models.adapted(t), rows) for _, transform, _ in bases]  # type: ignore[misc]
+    return [
+        compare(name, reference, merged, written.dtype, binding)
+        for (name, _, binding), reference in zip(bases, references, strict=True)
+    ]
 
 
-def _fits(written: Written) -> bool:
-    """Whether one model in float32 fits into this machine's free memory and is compared in bearable time."""
-    needed = written.bytes * (1 if written.dtype == "float32" else 2)
-    return needed <= _PATIENCE_BYTES and needed * 1.5 < _free_memory()
-
-
-def _free_memory() -> int:
-    """Bytes of memory that are free or can be freed; unknown counts as plenty."""
+def _way(models: Models, written: Written) -> str:
+    """How two models are compared in bearable time and within this machine's free memory."""
+    needed = _bytes_in_float32(written)
+    free = ram().free or 2**62
+    if needed <= _PATIENCE_BYTES and needed * 1.5 < free:
+        return "logits"
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return 2**62
+        part = largest_part(models.shell())
+    except NotLayerwiseError as error:
+        note(f"Each layer is compared on its own, not on rows: {error}.")
+        return "layers"
+    # A part is read in its own number type beside its float32 copy; logits and the libraries take the rest.
+    if 2 * part + 2**29 > free:
+        note(
+            f"Each layer is compared on its own, not on rows: its largest part in float32 is {gigabytes(part)}, and "
+            f"{gigabytes(free)} of memory are free."
+        )
+        return "layers"
+    note(
+        f"Comparing the merged model with base and adapter on rows, layer by layer: in float32 it is "
+        f"{gigabytes(needed)}, of which {gigabytes(part)} are held at once."
+    )
+    return "by layers"
+
+
+def _bytes_in_float32(written: Written) -> int:
+    return written.bytes * (1 if written.dtype == "float32" else 2)
 
 
 def logits_of(build: Callable[[], Any], rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
