@@ -171,7 +171,7 @@ def test_a_model_beyond_the_ram_is_refused_by_the_command(
         out.truncate(8 + len(header) + 2 * count)
     file = write(tmp_path, base, tiny_llama3)
     assert load_model_config(load_config([str(file)]).model).model_type == "llama"
-    done = axolotl("inference", file, "--prompt", "a")
+    done = axolotl("train", file)
     assert done.returncode == 2, done.stderr
     assert "needs 1024.0 GiB of RAM (1024.0 GiB of weights as float32)" in done.stderr
     assert "config.yml:1:" in done.stderr and "[AX1402]" in done.stderr and "Traceback" not in done.stderr
