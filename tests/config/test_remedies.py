@@ -77,6 +77,14 @@ def test_words_of_other_places_lead_to_ours(tmp_path: Path, line: str, remedy: s
     assert remedy in [p.remedy for p in refused(line, tmp_path)]
 
 
+def test_an_empty_entry_of_a_list(tmp_path: Path) -> None:
+    problems = refused("lora_target_modules:\n  - q_proj\n  -\ntest_datasets:\n  -", tmp_path)
+    assert {(p.keys[0], p.remedy) for p in problems} == {
+        ("lora_target_modules[1]", "Delete the empty `-`, or fill it in."),
+        ("test_datasets[0]", "Delete the empty `-`, or fill it in."),
+    }
+
+
 @pytest.mark.parametrize("written", ["${ROWS}", "$ROWS", "${ROWS:-4}"])
 def test_a_variable_where_no_text_can_stand(tmp_path: Path, written: str) -> None:
     [problem] = refused(f"micro_batch_size: {written}", tmp_path)

@@ -184,6 +184,8 @@ class Complaints:
             remedy = f"Write `- path: {got.strip('`')}`, and `type:` below it."
         if path == ("warmup_steps",) and isinstance(value, float) and 0 < value < 1:
             remedy = f"Write `warmup_ratio: {got.strip('`')}` for a share of all steps."
+        if value is None and isinstance(path[-1], int):
+            remedy = "Delete the empty `-`, or fill it in."
         if path[0] in HINTS and len(path) == 1:
             remedy = HINTS[str(path[0])]
         if isinstance(value, str) and _VARIABLE.fullmatch(value):

@@ -80,6 +80,29 @@ def test_wrong_names(kind: str, message: str, remedy: str) -> None:
     assert remedy in helped
 
 
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("chatml.ultra", "learns from pairs"),
+        ("llama3.icr", "learns from pairs"),
+        ("chat_template.argilla", "learns from pairs"),
+        ("bradley_terry.llama3", "reward models"),
+        ("ebft_pretrain.transform", "energy-based"),
+    ],
+)
+def test_types_of_methods_that_are_not_built_are_known(kind: str, why: str) -> None:
+    problem = check_type(DatasetEntry(type=kind), PLACE)
+    assert problem is not None
+    assert problem.kind == "unavailable"
+    assert why in problem.message
+
+
+def test_only_what_trains_is_offered() -> None:
+    for kind in ("chatml", "chat_template.argila", "zephyr.necta"):
+        _, remedy = refused(kind)
+        assert "ultra" not in remedy and "argilla" not in remedy and "nectar" not in remedy
+
+
 def test_a_type_is_checked_without_importing_it() -> None:
     assert check_type(DatasetEntry(type="alpaca:chat")) is None
     assert check_type(DatasetEntry(type=None)) is None

@@ -152,7 +152,7 @@ def the_optimizer_can_be_sharded(cfg: Config) -> Iterator[Problem]:
     remedy = "Choose another optimizer, such as `adamw_torch_fused`."
     if distributed.fsdp_config and (name in _WHOLE_STATE or any(part in name for part in _OWN_STATE)):
         yield conflict(
-            f"`optimizer: {name}` does not work with FSDP: its state cannot be divided.",
+            f"`optimizer: {name}` does not work with FSDP: its state cannot be divided and put together again.",
             remedy,
             "optimizer",
             "fsdp_config",

@@ -92,17 +92,17 @@ def check_type(entry: DatasetEntry, place: Place | None = None) -> Problem | Non
                 places=places,
             )
         return None
+    built = [n for n in formats.names() if "unavailable" not in formats.describe(n).facts]
     family = name.partition(".")[0]
     if family in formats:
-        variants = [n for n in formats.names() if n.startswith(family + ".") or n == family]
+        variants = [n for n in built if n.startswith(family + ".") or n == family]
         return Problem(
             f"`{kind}` is not a known dataset type.", f"Known: {', '.join(variants)}.", places=places
         )
     if ":" not in kind and (_stands_here(family) or ("." in kind and _installed(family))):
         return None
-    near = difflib.get_close_matches(name, formats.names(), n=1, cutoff=0.6)
-    plain = [n for n in formats.names() if "." not in n and not n.startswith("_")]
-    known = [n for n in plain if "unavailable" not in formats.describe(n).facts]
+    near = difflib.get_close_matches(name, built, n=1, cutoff=0.6)
+    known = [n for n in built if "." not in n and not n.startswith("_")]
     remedy = (f"Did you mean `{near[0]}`? " if near else "") + f"Known: {', '.join(known)}."
     if "." in kind:
         remedy = f"There is no Python module `{family}` either. {remedy}"
