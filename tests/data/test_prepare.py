@@ -376,6 +376,20 @@ def test_a_dataset_that_trains_nothing_is_an_error(tmp_path: Path, tokenizer: An
     assert not finished(tmp_path)
 
 
+def test_rows_that_are_all_too_long_are_told_with_their_lengths(tmp_path: Path, tokenizer: Any) -> None:
+    path = write_rows(tmp_path / "a.jsonl", alpaca(9))
+    lengths = sorted(
+        len(row["input_ids"]) for row in prepare(section(path, folder=tmp_path / "p"), tokenizer).saved()
+    )
+    with pytest.raises(DataError) as told:
+        prepare(section(path, folder=tmp_path / "q", sequence_len=16), tokenizer)
+    (problem,) = told.value.problems
+    assert f"They have {lengths[0]} to {lengths[-1]} tokens, {lengths[4]} in the middle" in problem.message
+    assert f"`sequence_len: {lengths[-1]}` keeps all of them, {lengths[4]} half" in problem.remedy
+    enough = section(path, folder=tmp_path / "q", sequence_len=lengths[-1])
+    assert prepare(enough, tokenizer).summaries[0].counts.rows == 9
+
+
 def test_too_many_dropped_rows_fail_the_run(tmp_path: Path, tokenizer: Any) -> None:
     path = write_rows(tmp_path / "a.jsonl", [*alpaca(8), *[{"instruction": "Hi", "output": ""}] * 2])
     data = section(path, folder=tmp_path / "p")

@@ -22,7 +22,7 @@ from axolotl.errors import EnvironmentProblem
 if TYPE_CHECKING:
     from axolotl.config.data import DataSection, DatasetEntry
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever the same config and data would be prepared differently than before."""
 MANIFEST = "manifest.json"
 DEFAULT_FOLDER = "last_run_prepared"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from axolotl.data.encode import Encoded, Encoder, steering_tokens
 from axolotl.data.formats.messages import DEFAULT_ROLES, THINKING, role_names, trained_roles
-from axolotl.data.mask import StopRule, Turn, When, labels_of, locate_turns, trained_ranges
+from axolotl.data.mask import StopRule, Turn, labels_of, locate_turns, trained_ranges
 from axolotl.data.templates import ChatTemplate, Trace, load_template
 from axolotl.data.types import Conversation, Message, Rendered, RowProblem
 from axolotl.errors import Problem
@@ -80,8 +80,6 @@ class ChatRenderer:
         self.roles_to_train = trained_roles(entry)
         self._named_roles = {*DEFAULT_ROLES, *role_names(entry), *role_names(entry).values()}
         self.known_roles = self.roles_to_train | self.template.words | self._named_roles
-        on_eos: When = entry.train_on_eos or "turn"
-        on_eot: When = entry.train_on_eot or on_eos
         self.notes: Counter[str] = Counter()
         self.probe, self.openings = self._probe()
         literal = self._literal()
@@ -91,8 +89,8 @@ class ChatRenderer:
         self.rule = StopRule(
             eos=tokenizer.eos_token,
             eot=tuple(data.eot_tokens or ()),
-            train_on_eos=on_eos,
-            train_on_eot=on_eot,
+            train_on_eos=entry.train_on_eos,
+            train_on_eot=entry.train_on_eot,
             control=self.encoder.control_pattern,
             openings=self.openings,
         )
@@ -166,12 +164,18 @@ class ChatRenderer:
         )
         begins = [begin for begin, *_ in trace.runs]
         for turn, message in zip(turns, messages, strict=True):
-            if turn.stop is None or message.role == "assistant":
+            if turn.stop is None:
                 continue
             start, end = turn.stop
+            text = trace.text[start:end]
+            # words that the vocabulary does not know are found together with those before them
+            known = [stop for stop in self.stops if stop and text.endswith(stop)]
+            turn.stop = (end - len(max(known, key=len)), end) if known else turn.stop
+            if message.role == "assistant":
+                continue
             before = bisect_left(begins, end) - 1
             in_message = before >= 0 and trace.runs[before][1] > start
-            if in_message or trace.text[start:end] not in self.stops:
+            if in_message or not (known or any(stop and stop.endswith(text) for stop in self.stops)):
                 turn.stop = None
         return turns
 
@@ -247,6 +251,17 @@ class ChatRenderer:
                         keys=("eot_tokens",),
                     )
                 )
+        on_eos = self.rule.train_on_eos or "turn"
+        on_eot = self.rule.train_on_eot or on_eos
+        if on_eos != on_eot and len(self.rule.eot) > 1 and self.rule.eos in self.rule.eot:
+            found.append(
+                Problem(
+                    f"`{self.rule.eos}` is the EOS token and one of `eot_tokens`: `train_on_eos: {on_eos}` and "
+                    f"`train_on_eot: {on_eot}` contradict each other on it.",
+                    "Take it out of `eot_tokens`, or give both the same value.",
+                    keys=("train_on_eot", "train_on_eos", "eot_tokens"),
+                )
+            )
         for role in sorted(self.roles_to_train - self.template.words - self._named_roles):
             near = difflib.get_close_matches(role, self._named_roles, n=1)
             if near:
@@ -286,7 +301,18 @@ class ChatRenderer:
             )
         elif stop is not None and self.probe is not None:
             text = self.probe.text[stop[0] : stop[1]]
-            if self.rule.when(text) == "none":
+            when = self.rule.when(text)
+            if self.rule.train_on_eot not in (None, when) and self.rule.train_on_eos is None:
+                found.append(
+                    Problem(
+                        f"`train_on_eot: {self.rule.train_on_eot}` does not narrow what is trained of `{text}`: that is "
+                        f"the EOS token, which follows `train_on_eos`, and that is `{when}`.",
+                        f"Write `train_on_eos: {self.rule.train_on_eot}`.",
+                        kind="warning",
+                        keys=("train_on_eot",),
+                    )
+                )
+            if when == "none":
                 found.append(
                     Problem(
                         f"the end of a turn, `{text}`, is not trained, because the config says `none`: the model will "

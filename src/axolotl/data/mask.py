@@ -18,20 +18,22 @@ from axolotl.data.templates import Trace
 from axolotl.data.types import IGNORE_INDEX
 
 When = Literal["all", "turn", "last", "none"]
+_WIDTH: tuple[When, ...] = ("all", "turn", "last", "none")
 
 
 @dataclass(frozen=True)
 class StopRule:
     """What ends a turn, and when that is trained.
 
-    `eos` is the tokenizer's EOS text; `eot` the end-of-turn texts that the user named; `control` finds every control
-    token of the vocabulary; `openings` are the texts with which the template opens an assistant's turn, longest first.
+    `eos` is the tokenizer's EOS text; `eot` the end-of-turn texts that the user named; `train_on_eos` and `train_on_eot`
+    are as the user wrote them; `control` finds every control token of the vocabulary; `openings` are the texts with which
+    the template opens an assistant's turn, longest first.
     """
 
     eos: str | None
     eot: tuple[str, ...]
-    train_on_eos: When
-    train_on_eot: When
+    train_on_eos: When | None
+    train_on_eot: When | None
     control: re.Pattern[str] | None
     openings: tuple[str, ...] = ()
 
@@ -41,8 +43,17 @@ class StopRule:
         return None if opening is None else at + len(opening)
 
     def when(self, stop: str) -> When:
-        """When this stop token is trained."""
-        return self.train_on_eos if stop == self.eos and stop not in self.eot else self.train_on_eot
+        """When this stop token is trained. What is both the EOS and an end of turn heeds both options: the wider counts.
+
+        Named in `eot_tokens`, it is an end of turn first, so that `train_on_eot: none` leaves it out.
+        """
+        on_eos = self.train_on_eos or "turn"
+        on_eot = self.train_on_eot or on_eos
+        if stop != self.eos or (stop in self.eot and on_eot == "none"):
+            return on_eot
+        if self.eot and stop not in self.eot:
+            return on_eos
+        return min(on_eos, on_eot, key=_WIDTH.index)
 
 
 @dataclass(slots=True)
@@ -113,6 +124,7 @@ def locate_turns(trace: Trace, count: int, tool_turns: Sequence[bool], rule: Sto
             stretches.append(_Stretch(turn, at, at, at))
     stretches.sort(key=lambda s: s.reach)
     final = {s.turn: i for i, s in enumerate(stretches) if s.home}
+    loop = min((begin for begin, _ in regions.values()), default=0)
     for index, stretch in enumerate(stretches):
         turn, start = stretch.turn, stretch.start
         region = regions.get(turn)
@@ -135,6 +147,14 @@ def locate_turns(trace: Trace, count: int, tool_turns: Sequence[bool], rule: Sto
             tail_end = min([tail_end, *(b for a, b in regions.values() if a <= start < b)])
             stop = _find_stop(text, stretch.reach, tail_end, len(text), False, rule)
             turns[turn].late = stop and (stretch.reach, stop[1])
+        elif not stretch.home and turn not in final and stretch.reach <= loop:
+            # a system turn that the template writes whole, before it goes through the messages
+            tail_end = loop if is_last else min(loop, _begin(stretches[index + 1]))
+            stop = _find_stop(text, stretch.reach, tail_end, len(text), False, rule)
+            turns[turn].stop = stop
+            # other words between the two, the tools on offer say, are not that turn's
+            apart = stop is not None and text[stretch.reach : stop[0]].strip()
+            turns[turn].reach = stop[0] if apart and stop else stretch.reach
     return turns
 
 
@@ -171,7 +191,7 @@ def trained_ranges(
     """Character ranges that are trained, and ranges that are masked inside them (`train_detail`). Both sorted."""
     keep: list[tuple[int, int]] = []
     drop: list[tuple[int, int]] = []
-    last = max((i for i, yes in enumerate(trained) if yes), default=-1)
+    last = max((i for i, yes in enumerate(trained) if yes and turns[i].stop is not None), default=-1)
     for i, turn in enumerate(turns):
         stop = turn.stop
         wanted = False

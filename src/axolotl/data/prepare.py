@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from axolotl.console import note, show_problem, warn
 from axolotl.data import cache
+from axolotl.data.dropped import check_dropped, nothing_left
 from axolotl.data.filters import SeenRows, drop_rows
 from axolotl.data.formats.watch import Watch, unseen_problems
 from axolotl.data.ledger import (
@@ -135,7 +138,7 @@ def prepare_tasks(
             engine.close()
         summaries = [_summary(task) for task in tasks]
         try:
-            _check_empty(tasks, summaries)
+            _check_empty(partial, tasks, summaries)
             _check_unchanged(tasks, parts)
         except DataError:
             cache.remove(partial)
@@ -281,16 +284,16 @@ def _summary(task: Task) -> DatasetSummary:
     return DatasetSummary(task.set_name, task.number, task.name, task.format.name, counts, remarks)
 
 
-def _check_empty(tasks: list[Task], summaries: list[DatasetSummary]) -> None:
+def _check_empty(partial: Path, tasks: list[Task], summaries: list[DatasetSummary]) -> None:
     """Raises DataError for each dataset of which no row is left."""
     problems = []
     for task, summary in zip(tasks, summaries, strict=True):
-        c = summary.counts
-        if c.rows:
+        if summary.counts.rows:
             continue
-        why = ", ".join(f"{n:,} {reason}" for reason, n in sorted(c.dropped.items(), key=lambda x: -x[1]))
-        message = f"no row of `{task.name}` is left: {why}." if c.read else f"`{task.name}` has no rows."
-        problems.append(Problem(message, _empty_remedy(c), kind="data", keys=(task.key,)))
+        lines = part_batches(partial / task.set_name, task.parts, "ledger")
+        tokens = [batch.column("tokens").to_numpy() for batch in lines]
+        lengths = np.concatenate([np.empty(0, np.int64), *tokens])
+        problems.append(nothing_left(task.name, task.key, summary.counts, lengths, task.job.limits))
     if problems:
         raise DataError(problems)
 
@@ -301,42 +304,6 @@ def _check_unchanged(tasks: list[Task], parts: dict[str, str]) -> None:
         for what, value in task.source.fingerprint_parts().items():
             if parts.get(f"{cache.CONTENT}{what}") != value:
                 raise DataError(f"`{what}` changed while it was read.", "Start again when it is complete.")
-
-
-def _empty_remedy(counts: Counts) -> str:
-    if not counts.dropped:
-        return "Check the file, and `split`."
-    return {
-        Reason.LONG.text: "Raise `sequence_len`, or set `excess_length_strategy: truncate`.",
-        Reason.SHORT.text: "Lower `min_sample_len`.",
-        Reason.UNTRAINED.text: "Check that answers are not empty, and `roles_to_train`, `train_on_inputs` and the "
-        "rows' own training marks.",
-        Reason.UNTRAINED_AFTER_CUT.text: "Raise `sequence_len`: the answers begin after it.",
-        Reason.DUPLICATE.text: "All its rows occur in an earlier dataset: remove the entry.",
-    }[max(counts.dropped, key=lambda reason: counts.dropped[reason])]
-
-
-def check_dropped(data: DataSection, summaries: Iterable[DatasetSummary]) -> None:
-    """Raises DataError for each dataset that lost a larger share of its rows than max_dropped_fraction."""
-    limit = data.max_dropped_fraction
-    if limit is None:
-        return
-    problems = []
-    for s in summaries:
-        c = s.counts
-        if c.dropped_rows > limit * c.read:
-            why = ", ".join(f"{n:,} {reason}" for reason, n in sorted(c.dropped.items()))
-            problems.append(
-                Problem(
-                    f"{c.dropped_rows:,} of {c.read:,} rows of `{s.name}` were dropped ({c.dropped_rows / c.read:.1%}: "
-                    f"{why}), more than `max_dropped_fraction` {limit:g} allows.",
-                    "Mend the data or the limits that dropped them, or raise `max_dropped_fraction`.",
-                    kind="data",
-                    keys=("max_dropped_fraction",),
-                )
-            )
-    if problems:
-        raise DataError(problems)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

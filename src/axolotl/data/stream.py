@@ -16,10 +16,11 @@ import numpy as np
 from axolotl.config.datasets import DatasetEntry
 from axolotl.console import note, warn
 from axolotl.data import cache
+from axolotl.data.dropped import check_dropped, nothing_left
 from axolotl.data.filters import FilteredRows
 from axolotl.data.formats.watch import Watch
 from axolotl.data.ledger import Counts, DatasetSummary, summary_lines
-from axolotl.data.prepare import MOST_FAILURES, check_dropped, tell_unseen
+from axolotl.data.prepare import MOST_FAILURES, tell_unseen
 from axolotl.data.sources import FileSource, Source
 from axolotl.data.tasks import Task, open_tasks
 from axolotl.data.work import Row, row_problem
@@ -35,6 +36,8 @@ TOKENS_PER_BUFFER = 1 << 24
 """Tokens after which a buffer ends however few rows it has, so that long texts do not fill the memory."""
 _FEW_ROWS = 1000
 """Rows before which the share of dropped rows says nothing."""
+_MANY_LENGTHS = 10_000
+"""Rows whose lengths are told where none is left."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class Stream:
         self.data, self.tasks, self.skips, self.workers = data, tasks, skips, workers
         self._tokenizer = tokenizer
         self.counts = [Counts() for _ in tasks]
+        self._lengths: list[int] = []  # of rows, as long as none of a dataset is left
         """What became of the rows read by this process."""
         self._told: set[tuple[int, str]] = set()
         self._watches: dict[int, Watch | None] = {}
@@ -242,6 +246,8 @@ class Stream:
         """Counts rows, and tells of each reason to drop some when it first comes up."""
         counts, task = self.counts[which], self.tasks[which]
         counts.add(rows.ledger)
+        if not counts.rows and len(self._lengths) < _MANY_LENGTHS:
+            self._lengths.extend(rows.ledger.tokens.tolist())
         for reason, n in counts.dropped.items():
             if (which, reason) not in self._told:
                 self._told.add((which, reason))
@@ -267,10 +273,9 @@ class Stream:
 
     def _check_empty(self, empty_passes: int) -> None:
         if empty_passes >= len(self.tasks):
-            why = [f"{n:,} {r}" for c in self.counts for r, n in c.dropped.items()]
-            raise DataError(
-                f"no row of `{self.name}` is left: {', '.join(why)}.", "Check its rows and limits."
-            )
+            total = sum(self.counts, Counts())
+            tokens = np.array(self._lengths, np.int64)
+            raise DataError([nothing_left(self.name, "", total, tokens, self.tasks[0].job.limits)])
 
     def _summary(self, which: int) -> DatasetSummary:
         task = self.tasks[which]

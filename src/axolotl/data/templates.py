@@ -65,6 +65,15 @@ def _to_json(
     text = json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    if type(value) is Traced and text[1:-1] == value:
+        last = len(value.runs) - 1
+        return Traced(
+            text,
+            tuple(
+                (a + 1 if i else 0, b + 1 if i < last else len(text), tag)
+                for i, (a, b, tag) in enumerate(value.runs)
+            ),
+        )
     tag = find_tag(value)
     return text if tag is None else Traced.whole(text, tag)
 
@@ -276,7 +285,7 @@ def _traced_message(turn: int, message: Message, sources: list[Source], null: bo
     if isinstance(content, str):
         made["content"] = (
             detailed(content, message.detail, "content")
-            if message.detail
+            if message.detail is not None
             else Traced.whole(content, tag("content"))
         )
     elif content is not None:

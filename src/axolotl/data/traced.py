@@ -33,6 +33,14 @@ class Traced(str):
         """All of `text` from the one source `tag`."""
         return cls(text, ((0, len(text), tag),))
 
+    @property
+    def tag(self) -> int:
+        """The source that stands for all of it where its characters cannot be told apart: the one entered last.
+
+        Ranges that are trained are entered before those of the same text that are not, so that what mixes is masked.
+        """
+        return max(tag for *_, tag in self.runs)
+
     def _cut(self, start: int, end: int) -> Traced:
         """Characters start..end-1, with their runs."""
         text = str.__getitem__(self, slice(start, end))
@@ -176,7 +184,7 @@ def _same(text: str, source: Traced) -> Traced:
     """A text made from `source` in a way that loses places: character by character if the length is kept, else whole."""
     if len(text) == len(source):
         return Traced(str(text), source.runs)
-    return Traced.whole(str(text), source.runs[0][2])
+    return Traced.whole(str(text), source.tag)
 
 
 def concat(parts: Iterable[Any]) -> Any:
@@ -207,9 +215,9 @@ def join(separator: str, parts: Iterable[Any]) -> Any:
 
 
 def find_tag(value: Any) -> int | None:
-    """The tag of the first traced text inside a nested value; None where there is none."""
+    """The tag that stands for the first traced text inside a nested value; None where there is none."""
     if type(value) is Traced:
-        return value.runs[0][2]
+        return value.tag
     if isinstance(value, dict):
         for pair in value.items():
             for each in pair:

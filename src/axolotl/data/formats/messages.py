@@ -134,8 +134,12 @@ class MessageReader:
             raise RowProblem(
                 "content is not text", f"`{self.content_key}` of message {number} is {kind(content)}"
             )
-        if self.detail_key and (given := raw.get(self.detail_key)) is not None:
+        given = raw.get(self.detail_key) if self.detail_key else None
+        ranged = given is not None
+        if ranged:
             detail, explicit = _spans(given, content or "", f"`{self.detail_key}` of message {number}"), True
+            if not detail:  # no range at all: nothing of the turn, unless it is marked as trained
+                train, detail, ranged = bool(train), None, False
         field_details: dict[str, list[DetailSpan]] | None = None
         thinking = fields.get(self.thinking_key)
         if type(thinking) is list:
@@ -153,6 +157,9 @@ class MessageReader:
                     field_details = {self.thinking_key: _within(detail, a, b)}
                     detail = _within(detail, c, d)
                 content = content[c:d]
+        elif type(thinking) is str and thinking and ranged:
+            # what ranges do not name is not trained: the reasoning of such a turn has none
+            field_details = {self.thinking_key: [DetailSpan(0, len(thinking) - 1, False)]}
         if train is None and not explicit and (detail is not None or field_details):
             # Parts that only say what is left out do not turn a turn on that the roles leave off.
             train = self.on_inputs or role in self.trained
