@@ -42,6 +42,13 @@ def test_a_method_that_is_not_built_is_no_line_to_delete(tmp_path: Path, line: s
     assert "to train without it" not in problem.remedy
 
 
+def test_what_trains_instead_is_said_once(tmp_path: Path) -> None:
+    first, *others = refused("rl: kto\nrl_beta: 0.5\nkto_desirable_weight: 0.2", tmp_path)
+    assert "preferred answers" in first.remedy
+    assert [p.keys[0] for p in others] == ["rl_beta", "kto_desirable_weight"]
+    assert all("goes with `rl`" in p.remedy for p in others)
+
+
 def test_remedies_are_of_features_that_are_still_missing() -> None:
     features: set[object] = set(INTEGRATIONS.values())
     for section in SECTIONS.values():

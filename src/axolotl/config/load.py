@@ -44,6 +44,8 @@ class Loading(Merged):
     def __init__(self) -> None:
         super().__init__()
         self.complaints = Complaints(self.document, self.excerpt)
+        self.not_there: dict[str, str] = {}
+        """Features that are not built, and the first key of each that the file sets."""
 
     def expand(self) -> None:
         """Replaces `${NAME}` in keys that hold paths and names."""
@@ -141,11 +143,12 @@ class Loading(Merged):
         )
         if said.get("state") == "unavailable" and not off:
             feature = said["by_value"].get(str(value), said["feature"])
+            first = self.not_there.setdefault(feature, dotted(path))
             self.add(
                 self.complaints.problem(
                     "unavailable",
                     f"`{dotted(path)}` belongs to {feature}, which is not available yet.",
-                    way_without(feature),
+                    way_without(feature, "" if first == dotted(path) else first),
                     path,
                     at_key=True,
                 )

@@ -31,8 +31,10 @@ _WITHOUT = {
 }
 
 
-def way_without(feature: str) -> str:
-    """What to do about a key of a feature that is not built."""
+def way_without(feature: str, first: str = "") -> str:
+    """What to do about a key of a feature that is not built. `first`: the key of it for which that has been said."""
+    if first and feature in _WITHOUT:
+        return f"It goes with `{first}`: delete it too if you do without that."
     return _WITHOUT.get(feature, "Delete the line to train without it.")
 
 
