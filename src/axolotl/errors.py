@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 Kind = Literal[
     "syntax",  # the file is not YAML
@@ -173,6 +173,11 @@ class UserError(AxolotlError):
 
 class ConfigError(UserError):
     """The config file, or an override on the command line."""
+
+    config: Any = None
+    """The config of the keys that are right, where it could be made; for looking at files in spite of it all."""
+    doubted: frozenset[str] = frozenset()
+    """Keys whose values are not known because of the mistakes."""
 
 
 class DataError(UserError):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
@@ -232,3 +234,27 @@ def test_a_base_that_this_machine_cannot_read_is_told_with_its_line(config, tmp_
     cfg = load_config([config("base_model: base")], [], verb="train")
     (told,) = fatal(problems_beforehand(cfg, CPU, data=False))
     assert "cannot be trained themselves" in told.message
+
+
+def test_wrong_keys_hide_no_mistakes_of_files_and_rows(
+    axolotl: Callable[..., CompletedProcess[str]], tmp_path: Path, tiny_llama3: Path
+) -> None:
+    """Rows are rendered where all keys about data and model are right; else files and columns are looked at."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        '{"messages": [{"role": "usr", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    )
+    file = tmp_path / "config.yml"
+    text = (
+        f"base_model: {tiny_llama3}\nlearning_rate: fast\nlora_rnk: 8\n"
+        f"datasets:\n- {{path: {rows}, type: chat_template}}\n- {{path: {tmp_path}/none.jsonl, type: completion}}\n"
+    )
+    file.write_text(text)
+    done = axolotl("check", file)
+    assert done.returncode == 2, done.stderr
+    for said in ("config.yml:2:16", "config.yml:3:1", "has the role `usr`", "none.jsonl` does not exist"):
+        assert said in done.stderr, said
+    file.write_text(text + "chat_templte: chatml\n")
+    done = axolotl("check", file)
+    assert "`chat_templte`" in done.stderr and "none.jsonl` does not exist" in done.stderr
+    assert "`usr`" not in done.stderr, "with which template is not known"

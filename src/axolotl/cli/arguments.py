@@ -67,7 +67,9 @@ def load(args: Sequence[str], verb: str) -> Config:
     try:
         return load_config(sources, overrides, verb=verb)
     except ConfigError as error:
-        raise ConfigError([_own_option(problem) for problem in error.problems]) from None
+        told = ConfigError([_own_option(problem) for problem in error.problems])
+        told.config, told.doubted = error.config, error.doubted
+        raise told from None
 
 
 def _own_option(problem: Problem) -> Problem:

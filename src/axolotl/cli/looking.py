@@ -10,7 +10,7 @@ import click
 
 from axolotl import console
 from axolotl.cli.arguments import CONFIG_SUFFIXES, PASS_ON, load, split_arguments, takes_config
-from axolotl.errors import Problem
+from axolotl.errors import ConfigError, Problem
 
 
 @click.command()
@@ -41,7 +41,14 @@ def check(ctx: click.Context, args: tuple[str, ...], config_only: bool, as_json:
     from axolotl.cli.document import report_check
 
     def find() -> Sequence[Problem]:
-        cfg = load(args, "check")
+        try:
+            cfg = load(args, "check")
+        except ConfigError as error:
+            if config_only or error.config is None:
+                raise
+            from axolotl.run.check import files_in_spite
+
+            raise ConfigError([*error.problems, *files_in_spite(error.config, error.doubted)]) from None
         if config_only:
             return cfg.warnings
         from axolotl.run.check import check as run_check

@@ -273,7 +273,9 @@ def _finish(loading: Loading, verb: str, checks: Sequence[Check]) -> Config:
             loading.add(problem)
     order = sorted(loading.problems, key=lambda p: (not p.fatal, *_order(p)))
     if any(p.fatal for p in order):
-        raise ConfigError(order)
+        error = ConfigError(order)
+        error.config, error.doubted = config, wrong | frozenset(loading.complaints.meant)
+        raise error
     return Config(**{**vars(config), "warnings": tuple(order)})
 
 

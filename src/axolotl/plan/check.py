@@ -5,6 +5,7 @@ Imports no torch: registries know their names from the source.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,8 @@ def _schedule_arguments(cfg: Config) -> Iterator[Problem]:
 
 def _unknown(cfg: Config, key: str, name: str, known: Sequence[str]) -> Problem:
     meant = MEANT.get(name.lower().replace("-", "_"), "")
-    near = did_you_mean([meant] if meant in known else nearest(name, known))
+    close = nearest(name, known) or difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.6)
+    near = did_you_mean([meant] if meant in known else close)
     listed = ", ".join(f"`{each}`" for each in known)
     message = f"`{key}` is `{name}`; it takes one of {listed}."
     if len(known) > 20:

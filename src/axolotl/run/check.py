@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from axolotl.config import Config
+from axolotl.config.keys import owners
 from axolotl.config.plugins import import_plugins, own_plugins
 from axolotl.distributed.world import detect_hardware
 from axolotl.errors import Problem, UserError
+from axolotl.model.files import check_base_model
 from axolotl.plan.check import component_problems
 from axolotl.run.beforehand import problems_beforehand
+from axolotl.run.ready import placed
+from axolotl.run.rows_beforehand import dataset_problems
 
 
 def check(cfg: Config) -> Sequence[Problem]:
@@ -23,3 +27,20 @@ def check(cfg: Config) -> Sequence[Problem]:
         except UserError as error:
             problems += error.problems
     return [*problems, *problems_beforehand(cfg, detect_hardware(), data=True)]
+
+
+def files_in_spite(cfg: Config, doubted: Collection[str]) -> list[Problem]:
+    """What is wrong with the files of a config whose other keys have mistakes, told already: the base model, and the
+    datasets, with their rows where no key about data, model or tokenizer is `doubted`. `cfg` has the keys that are right.
+    """
+    if own_plugins(cfg) or "plugins" in doubted:
+        return []
+    base = cfg.is_set("base_model") and "base_model" not in doubted
+    rendered = base and not any(owners().get(key) in ("data", "model") for key in doubted)
+    problems = check_base_model(cfg.model) if base else []
+    problems += dataset_problems(cfg, rows=rendered and not problems)
+    return [
+        placed(cfg, problem)
+        for problem in problems
+        if not any(key.partition("[")[0].partition(".")[0] in doubted for key in problem.keys)
+    ]

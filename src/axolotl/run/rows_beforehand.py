@@ -60,11 +60,11 @@ def check_length(cfg: Config) -> Iterator[Problem]:
     )
 
 
-def dataset_problems(cfg: Config) -> Iterator[Problem]:
-    """What is wrong with the datasets: their files, columns and first rows."""
+def dataset_problems(cfg: Config, *, rows: bool = True) -> Iterator[Problem]:
+    """What is wrong with the datasets: their files, columns and, where `rows` are looked at, first rows."""
     entries = [(key, entry) for key, entry, _ in streamed_entries(cfg.data)]
     entries += [(f"test_datasets[{i}]", e) for i, e in enumerate(cfg.data.test_datasets)]
-    facts = _tokenizer(cfg)
+    facts = _tokenizer(cfg) if rows else None
     for key, entry in entries:
         try:
             place = cfg.place(f"{key}.path")
@@ -72,11 +72,11 @@ def dataset_problems(cfg: Config) -> Iterator[Problem]:
             columns = list(source.columns)
             format_ = resolve_format(entry, columns, cfg.data, cfg.place(f"{key}.type"))
             unfit = check_fields(format_, columns, entry, cfg.place(key))
-            rows = [unfit] if unfit else first_rows(cfg, key, entry, source, facts) if facts else []
+            found = [unfit] if unfit else first_rows(cfg, key, entry, source, facts) if facts else []
         except UserError as error:
             yield from error.problems
         else:
-            yield from rows
+            yield from found
 
 
 def _tokenizer(cfg: Config) -> TokenizerFacts | None:
