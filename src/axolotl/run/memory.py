@@ -20,6 +20,7 @@ from axolotl.plan.rehearsal import ATTENTION
 from axolotl.plan.show import table, told
 from axolotl.plan.skeleton import build_skeleton
 from axolotl.plan.whole import Question, changes, plan_run, question
+from axolotl.run.ready import quiet_libraries
 
 UNDOUBTED = 0.2
 """Share of the RAM below which weights and their state are not looked at more closely on a CPU."""
@@ -54,6 +55,7 @@ def automatic(cfg: Config, hardware: Hardware) -> Config:
     """
     if not auto.asks(cfg):
         return cfg
+    quiet_libraries()
     return auto.fitted(cfg, device_of(hardware), hardware, free_memory(hardware), world().size)
 
 
@@ -83,7 +85,7 @@ def tell_memory(cfg: Config, hardware: Hardware, tokenizer: Any) -> None:
     problem = Problem(
         f"Training needs {needed:.1f} GiB of {what}, {free:.1f} are free"
         + (f": weights and optimizer alone are {static / GIB:.1f}." if static > memory else "."),
-        _remedy(asked, memory),
+        _remedy(asked, memory, hardware.device == "cuda"),
         "environment" if static > memory else "warning",
         ("micro_batch_size",) if static <= memory else ("base_model",),
         code="AX1402",
@@ -120,15 +122,14 @@ def show_memory(cfg: Config, hardware: Hardware, tokenizer: Any) -> None:
         console.detail(error.problems[0].message)
 
 
-def _remedy(asked: Question, memory: int) -> str:
+def _remedy(asked: Question, memory: int, on_gpu: bool) -> str:
     try:
         found = changes(asked, memory, None)
     except ModelError:
         found = []
     if not found:
-        return (
-            "Nothing that the plan knows makes it fit: take a larger GPU, more of them, or a smaller model."
-        )
+        more = "a larger GPU, more of them" if on_gpu else "a machine with more RAM, or with a GPU"
+        return f"Nothing that the plan knows makes it fit: take {more}, or a smaller model."
     more = "; `axolotl plan config.yml --fit` shows more" if len(found) > 1 else ""
     return f"Set {told(found[0], False)}{more}."
 

@@ -19,7 +19,7 @@ from axolotl.plan.gpus import gpu as gpu_by_name
 from axolotl.plan.gpus import gpu_names, hardware_of, present_gpu
 from axolotl.plan.show import change_lines, diff, plan_dict, table
 from axolotl.plan.whole import Plan, plan_run, question
-from axolotl.run.ready import ready, refuse, told_with_places
+from axolotl.run.ready import quiet_libraries, ready, refuse, told_with_places
 
 DOES_NOT_FIT = 1
 """The exit code of a plan that does not fit."""
@@ -40,6 +40,7 @@ def plan(
     `fit` also looks for faster settings where memory is left; `write` puts the first proposal into the config file.
     Raises a UserError for a model or a GPU that is not known.
     """
+    quiet_libraries()
     present = detect_hardware()
     chosen = gpu_by_name(gpu) if gpu else present_gpu(present)
     if chosen is None:

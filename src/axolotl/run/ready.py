@@ -56,8 +56,7 @@ def placed(cfg: Config, problem: Problem) -> Problem:
 def ready(cfg: Config, hardware: Hardware) -> Config:
     """The config with automatic values filled in; its warnings are shown."""
     refuse(cfg.warnings)
-    # what the libraries deprecate among themselves is no news to a user
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|accelerate")
+    quiet_libraries()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     import_plugins(cfg)
@@ -85,6 +84,11 @@ def refuse_untrained_adapter(cfg: Config, untrained: bool) -> None:
 def named_on_purpose(cfg: Config) -> bool:
     """Whether the base model is named on the command line, and so meant as it is where nothing was trained."""
     return cfg.origin("base_model").kind == "override"
+
+
+def quiet_libraries() -> None:
+    """What the libraries deprecate among themselves is no news to a user."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|accelerate")
 
 
 def refuse(problems: Sequence[Problem]) -> None:
