@@ -82,8 +82,8 @@ class DistributedSection(Section):
     """Devices over which the model is sharded; left out or -1: all that the other axes leave."""
     dp_replicate_size: PositiveInt | None = None
     """Copies of the sharded model."""
-    tensor_parallel_size: PositiveInt | None = validated("tensor parallelism")
-    """Devices that share each matrix product."""
+    tensor_parallel_size: PositiveInt | None = None
+    """Devices that share each matrix product; the attention heads of the model have to be divisible by it."""
     context_parallel_size: PositiveInt | None = None
     """Devices that share each row; the attention heads of the model have to be divisible by it."""
     context_parallel: dict[str, Any] | None = later("ring and Ulysses attention")

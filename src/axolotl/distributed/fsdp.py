@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from axolotl.config.axes import axes_of
 from axolotl.config.distributed import DistributedSection, FsdpConfig
 from axolotl.distributed.mesh import Mesh, build_mesh
+from axolotl.distributed.tensor import Products, divide_products
 from axolotl.distributed.world import world
 from axolotl.errors import ModelError, Problem
 
@@ -48,11 +49,16 @@ class Sharding:
     """Classes of the layers that are gathered one at a time."""
     defers: bool
     """Gradients are reduced once a step, not after each micro batch."""
+    products: Products | None = None
+    """How matrix products are divided; None without a tensor axis."""
 
     @contextlib.contextmanager
     def not_the_last(self) -> Iterator[None]:
         """Around a micro batch that others of its step follow: what may wait of the reduction waits."""
         root: Any = self.root
+        if not isinstance(root, FSDPModule):
+            yield
+            return
         if self.defers:
             root.set_requires_gradient_sync(False)
         elif self.mesh.axes.replicate > 1:
@@ -76,7 +82,11 @@ def mesh_for(distributed: DistributedSection, device: str) -> Mesh:
 def loads_in_parts(distributed: DistributedSection) -> bool:
     """Whether processes shall read their own parts of the weights alone."""
     options = distributed.fsdp_config
-    return options is not None and world().size > 1 and options.cpu_ram_efficient_loading is not False
+    if world().size <= 1:
+        return False
+    if (distributed.tensor_parallel_size or 1) > 1:
+        return True
+    return options is not None and options.cpu_ram_efficient_loading is not False
 
 
 def unit_classes(model: nn.Module, options: FsdpConfig) -> tuple[str, ...]:
@@ -175,8 +185,13 @@ def shard_model(model: nn.Module, options: FsdpConfig, mesh: Mesh) -> Sharding:
 
     `model` is the base model; adapters are already in it. What is frozen is divided like what is trained. Each unit is
     gathered before its forward pass, given back after it unless `reshard_after_forward: false`, and gathered again for
-    its backward pass. Gradients are summed in float32. Raises ModelError for layer classes that are not there.
+    its backward pass. Gradients are summed in float32. A tensor axis of the mesh divides matrices before that; where it
+    is the only one, nothing is gathered. Raises ModelError for layer classes that are not there, and for a model whose
+    products cannot be divided.
     """
+    products = divide_products(model, mesh.tensor) if mesh.axes.tensor > 1 else None
+    if products is not None and mesh.axes.processes == mesh.axes.tensor:
+        return Sharding(model, mesh, (), True, products)
     classes = unit_classes(model, options)
     param = PRECISIONS.get((options.mixed_precision_policy or "").lower())
     policy = MixedPrecisionPolicy(param_dtype=param, reduce_dtype=torch.float32)
@@ -193,7 +208,7 @@ def shard_model(model: nn.Module, options: FsdpConfig, mesh: Mesh) -> Sharding:
     # loss that never holds whole logits), so they belong to the model itself, which is never given back in between.
     fully_shard(model, reshard_after_forward=False, **common)
     trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
-    return Sharding(model, mesh, classes, trained <= DEFERRED_BYTES)
+    return Sharding(model, mesh, classes, trained <= DEFERRED_BYTES, products)
 
 
 def _of_one_number_type(model: nn.Module, units: list[nn.Module]) -> list[nn.Module]:

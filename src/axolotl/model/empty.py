@@ -21,7 +21,7 @@ from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.func import functional_call
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -104,8 +104,11 @@ def build_empty(
         options["attn_implementation"] = attn_implementation
     with init_empty_weights(include_buffers=False):
         make = cls.from_config if hasattr(cls, "from_config") else cls._from_config
-        # As loading leaves it.
-        return make(config, **options).eval()  # type: ignore[no-any-return]
+        model: PreTrainedModel = make(config, **options)
+    # A parameter that moves to the meta device is another one for each name that it has.
+    model.tie_weights()
+    # As loading leaves it.
+    return model.eval()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,10 +324,7 @@ def _from_files(
         if path not in open_files:
             open_files[path] = safe_open(str(path), framework="pt")
         rows = open_files[path].get_slice(key)
-        if not isinstance(p, DTensor):
-            yield name, nn.Parameter(rows[:].to(device, p.dtype), requires_grad=p.requires_grad)
-            continue
-        shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+        shape, offset = _place_of(p)
         stored = entry.shape[0]
         ends = [o + n for o, n in zip(offset, shape, strict=True)]
         start, ends[0] = min(offset[0], stored), min(ends[0], stored)
@@ -338,7 +338,25 @@ def _from_files(
         yield name, _as_part(part.to(device), p)
 
 
-def _as_part(part: torch.Tensor, p: DTensor) -> nn.Parameter:
+def _place_of(p: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of this process's part of a weight, and where in the whole it begins."""
+    if not isinstance(p, DTensor):
+        return tuple(p.shape), (0,) * p.ndim
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return tuple(shape), tuple(offset)
+
+
+def _for_all(p: DTensor) -> bool:
+    """Whether torch can send the parts of a tensor to all processes: an axis that divides again what another has
+    divided, it cannot.
+    """
+    plain = all(type(each) in (Shard, Replicate) for each in p.placements)
+    return plain and p.device_mesh.size() == dist.get_world_size()
+
+
+def _as_part(part: torch.Tensor, p: torch.Tensor) -> nn.Parameter:
+    if not isinstance(p, DTensor):
+        return nn.Parameter(part.contiguous(), requires_grad=p.requires_grad)
     made = DTensor.from_local(
         part.contiguous(), p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
     )
@@ -372,9 +390,9 @@ def _from_seed(model: PreTrainedModel, seed: int, device: torch.device) -> Itera
     """Matrices from a normal distribution, norms of one, biases of zero, as transformers has them."""
     spread = float(getattr(model.config.get_text_config(), "initializer_range", 0.02) or 0.02)
     for name, p in model.named_parameters():
-        if not p.is_meta or not isinstance(p, DTensor):
+        if not p.is_meta:
             continue
-        shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+        shape, offset = _place_of(p)
         if p.ndim < 2:
             value = 0.0 if name.endswith("bias") else 1.0
             yield name, _as_part(torch.full(shape, value, dtype=p.dtype, device=device), p)
@@ -397,14 +415,19 @@ def _from_first(
     model: PreTrainedModel, device: torch.device, held: dict[str, torch.Tensor]
 ) -> Iterator[tuple[str, nn.Parameter]]:
     # Through the device that the processes talk over, one tensor at a time.
+    meshes = [p.device_mesh for p in model.parameters() if isinstance(p, DTensor)]
+    over = torch.device("cpu")
+    if meshes and meshes[0].device_type == "cuda":
+        over = torch.device("cuda", torch.cuda.current_device())
+    first = dist.get_rank() == 0
     for name, p in model.named_parameters():
-        if not isinstance(p, DTensor):
+        whole = held.pop(name).to(over) if first else torch.empty(p.shape, dtype=p.dtype, device=over)
+        if isinstance(p, DTensor) and _for_all(p):
+            sent = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=0)
+            yield name, nn.Parameter(sent.to(device), requires_grad=p.requires_grad)
             continue
-        over = (
-            torch.device(p.device_mesh.device_type, torch.cuda.current_device())
-            if (p.device_mesh.device_type == "cuda")
-            else torch.device("cpu")
-        )
-        whole = held.pop(name).to(over) if held else torch.empty(p.shape, dtype=p.dtype, device=over)
-        sent = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=0)
-        yield name, nn.Parameter(sent.to(device), requires_grad=p.requires_grad)
+        # Its parts repeat among the processes: all see the whole for a moment.
+        dist.broadcast(whole, 0)
+        shape, offset = _place_of(p)
+        window = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+        yield name, _as_part(whole[window].to(device, copy=True), p)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from axolotl.config.adapter import AdapterSection
 from axolotl.config.model import TRAINED_ROWS
@@ -35,7 +36,7 @@ def parameter_groups(model: nn.Module, optim: OptimSection, adapter: AdapterSect
         if "norm" in type(m).__name__.lower()
         for p in m.parameters(recurse=False)
     }
-    found: dict[tuple[str | int, bool], Group] = {}
+    found: dict[tuple[str | int, bool, Any], Group] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -47,7 +48,8 @@ def parameter_groups(model: nn.Module, optim: OptimSection, adapter: AdapterSect
             and "bias" not in name
             and not hasattr(parameter, TRAINED_ROWS)
         )
-        key = (group, decays)
+        # An optimizer's step over many weights at once takes those that are divided alike.
+        key = (group, decays, parameter.device_mesh if isinstance(parameter, DTensor) else None)
         if key not in found:
             label = label if decays or group == "embeddings" else f"{label}, no decay"
             found[key] = {"params": [], "name": label, "weight_decay": optim.weight_decay if decays else 0.0}
@@ -58,7 +60,7 @@ def parameter_groups(model: nn.Module, optim: OptimSection, adapter: AdapterSect
         raise ModelError(
             "No parameter of the model is trained.", "Check `adapter` and `unfrozen_parameters`."
         )
-    groups = {group for group, _ in found}
+    groups = {group for group, *_ in found}
     missing = [g.name for index, g in enumerate(optim.lr_groups or []) if index not in groups]
     if missing:
         raise ConfigError(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from axolotl.config import Config
 from axolotl.config.axes import Axes, axes_of
 from axolotl.config.data import DataSection
-from axolotl.config.distributed import DistributedSection
+from axolotl.config.distributed import DistributedSection, FsdpConfig
 from axolotl.config.model import ModelSection
 from axolotl.config.resolve import Hardware
 from axolotl.console import detail, note, warn
@@ -251,9 +251,11 @@ def build_trainer(
 
 def _sharded(model: PreTrainedModel, cfg: Config, hardware: Hardware) -> Sharding | None:
     """Divides the model over the processes, where the config asks for it and there are several."""
-    options = cfg.distributed.fsdp_config
-    if options is None or world().size <= 1:
+    options, tensor = cfg.distributed.fsdp_config, cfg.distributed.tensor_parallel_size or 1
+    if world().size <= 1 or (options is None and tensor <= 1):
         return None
+    # Without `fsdp_config` the rest holds copies: there is nothing to gather.
+    options = options or FsdpConfig(reshard_after_forward=False)
     if cfg.model.fp32_norms:
         names = norms_in_float32(model, cfg.model.fp32_norm_classes or ())
         note(f"Held in float32: {', '.join(names)}.")
@@ -268,6 +270,11 @@ def _sharded(model: PreTrainedModel, cfg: Config, hardware: Hardware) -> Shardin
     if source is not None:
         fill(model, source, torch.device("cpu") if options.offload_params else _home(hardware), held)
     axes, units = sharding.mesh.axes, ", ".join(sharding.units) or "the whole model"
+    if (products := sharding.products) is not None:
+        ends = f"; embedding and head are whole: {products.whole}" if products.whole else ""
+        note(f"{axes.tensor} processes share the products of {products.divided} matrices{ends}.")
+    if cfg.distributed.fsdp_config is None:
+        return sharding
     copies = f", {axes.replicate} copies of it" if axes.replicate > 1 else ""
     old = " in place of version 1" if cfg.distributed.fsdp_version == 1 else ""
     note(f"FSDP2{old}: each weight in {axes.weight_shards} parts{copies}; gathered by {units}.")

@@ -157,8 +157,11 @@ class TrainerMixin(Sharded, Saving, Steps, _Base):
         wish = int(self.parts.interrupted())
         tokens, targets, wishes = self._over_ranks(sum(c[0] for c in counts), sum(c[1] for c in counts), wish)
         self.asked_to_end = wishes > 0
-        self.state.num_input_tokens_seen += tokens
-        self.trained_tokens += targets
+        # Those that share products count the same rows. Each of them has its losses in the mean over all, so that they
+        # stay in what the loss is divided by.
+        again = self.parts.axes.tensor
+        self.state.num_input_tokens_seen += tokens // again
+        self.trained_tokens += targets // again
         return batches, torch.tensor(max(targets, 1)).to(self.args.device, non_blocking=True)
 
     def _over_ranks(self, *numbers: int) -> list[int]:

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from axolotl.config.rules import adapter, data, devices, loss, memory, plugins, schedule, streaming, unread
+from axolotl.config.rules import (
+    adapter,
+    data,
+    devices,
+    loss,
+    memory,
+    plugins,
+    schedule,
+    streaming,
+    tensor,
+    unread,
+)
 from axolotl.config.rules.rulebook import RULES, Rule, broken_rules, rule
 
 __all__ = [
@@ -18,5 +29,6 @@ __all__ = [
     "rule",
     "schedule",
     "streaming",
+    "tensor",
     "unread",
 ]

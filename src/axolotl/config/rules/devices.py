@@ -9,11 +9,10 @@ from axolotl.config.rules.loss import fsdp_version
 from axolotl.config.rules.rulebook import conflict, rule, warning
 from axolotl.errors import Problem
 
-_8BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 FSDP_PRECISIONS = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
-_WHOLE_STATE = ("adafactor", "came_pytorch", "grokadamw", "ademamix")
-_OWN_STATE = ("8bit", "4bit", "bnb", "paged_")
-_WHOLE_MATRICES = (
+WHOLE_STATE = ("adafactor", "came_pytorch", "grokadamw", "ademamix")
+OWN_STATE = ("8bit", "4bit", "bnb", "paged_")
+WHOLE_MATRICES = (
     "muon",
     "flash_adamw",
     "flash_adam",
@@ -145,27 +144,20 @@ def fsdp_options_fit_together(cfg: Config) -> Iterator[Problem]:
             )
 
 
-@rule("optimizer", "fsdp_config", "fsdp_version", "deepspeed", "tensor_parallel_size")
+@rule("optimizer", "fsdp_config", "fsdp_version", "deepspeed")
 def the_optimizer_can_be_sharded(cfg: Config) -> Iterator[Problem]:
     """Some optimizers need whole matrices, or cannot move their state."""
     name, distributed = cfg.optim.optimizer, cfg.distributed
     remedy = "Choose another optimizer, such as `adamw_torch_fused`."
-    if distributed.fsdp_config and (name in _WHOLE_STATE or any(part in name for part in _OWN_STATE)):
+    if distributed.fsdp_config and (name in WHOLE_STATE or any(part in name for part in OWN_STATE)):
         yield conflict(
             f"`optimizer: {name}` does not work with FSDP: its state cannot be divided and put together again.",
             remedy,
             "optimizer",
             "fsdp_config",
         )
-    if distributed.deepspeed and name in _WHOLE_MATRICES:
+    if distributed.deepspeed and name in WHOLE_MATRICES:
         yield conflict(f"`optimizer: {name}` does not work with DeepSpeed.", remedy, "optimizer", "deepspeed")
-    if (distributed.tensor_parallel_size or 1) > 1 and name in _8BIT:
-        yield conflict(
-            f"`optimizer: {name}` does not work with `tensor_parallel_size`.",
-            remedy,
-            "optimizer",
-            "tensor_parallel_size",
-        )
 
 
 @rule("context_parallel_size", "micro_batch_size", "sample_packing", "attn_implementation")
