@@ -69,7 +69,8 @@ def twin(path: Path, tmp_path: Path) -> dict[str, Any]:
         "micro_batch_size": 1,
         "gradient_accumulation_steps": 1,
         "save_total_limit": 1,
-        # What one process cannot do; tests/distributed/test_fsdp.py does it with two.
+        # What one process cannot do; tests/distributed does it with two.
+        **({"tensor_parallel_size": None} if config.get("tensor_parallel_size") else {}),
         **({"fsdp_config": None, "fsdp_version": None} if config.get("fsdp_config") else {}),
         # What a machine without a GPU cannot do.
         "bf16": False,

@@ -103,6 +103,19 @@ def rows() -> dict[str, dict[str, Any]]:
         "reach": 1300,
         "keys": {**big, "tensor_parallel_size": 2, "dp_shard_size": 4},
     }
+    for n in (2, 4):
+        found[f"full-8b-tp-{n}"] = {
+            "model": "llama-8b",
+            "length": 8192,
+            "gpus": n,
+            "keys": {**FULL, "micro_batch_size": 1, "tensor_parallel_size": n},
+        }
+    found["full-8b-tp2-fsdp2-4"] = {
+        "model": "llama-8b",
+        "length": 8192,
+        "gpus": 4,
+        "keys": {**FULL, **FSDP, "micro_batch_size": 1, "tensor_parallel_size": 2},
+    }
     for n, length in ((2, 131072), (4, 262144), (8, 524288)):
         found[f"context-{length // 1024}k-{n}"] = {
             "model": "llama-8b",

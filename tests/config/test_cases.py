@@ -41,12 +41,11 @@ def test_what_loads_but_cannot_run_yet(tmp_path: Path) -> None:
     base = "base_model: x\ndatasets: [{path: a, type: alpaca}]\nlearning_rate: 1\n"
     file.write_text(
         base
-        + "deepspeed: {zero_optimization: {stage: 2}}\ndeepcompile: true\ntensor_parallel_size: 2\ndp_replicate_size: 1\nuse_ray: false\n"
+        + "deepspeed: {zero_optimization: {stage: 2}}\ndeepcompile: true\ndp_replicate_size: 1\nuse_ray: false\n"
     )
     problems = unbuilt(load_config(file))
     assert [(p.kind, p.keys[0], p.places[0].line) for p in problems] == [
         ("unavailable", "deepcompile", 5),
-        ("unavailable", "tensor_parallel_size", 6),
     ]
     file.write_text(base)
     assert unbuilt(load_config(file)) == []

@@ -573,10 +573,28 @@ BROKEN = [
     ),
     ("the_optimizer_can_be_sharded", "optimizer: muon\ndeepspeed: a.json", "conflict", "optimizer deepspeed"),
     (
-        "the_optimizer_can_be_sharded",
+        "the_optimizer_takes_parts_of_matrices",
         "optimizer: paged_adamw_8bit\ntensor_parallel_size: 2",
         "conflict",
         "optimizer tensor_parallel_size",
+    ),
+    (
+        "what_shares_no_products",
+        "deepspeed: a.json\ntensor_parallel_size: 2",
+        "conflict",
+        "tensor_parallel_size deepspeed",
+    ),
+    (
+        "what_shares_no_products",
+        "adapter: qlora\nload_in_4bit: true\ntensor_parallel_size: 2",
+        "conflict",
+        "tensor_parallel_size load_in_4bit",
+    ),
+    (
+        "what_shares_no_products",
+        "torch_compile: true\ntensor_parallel_size: 2",
+        "conflict",
+        "tensor_parallel_size torch_compile",
     ),
     (
         "shared_rows_have_limits",

@@ -20,6 +20,8 @@ from axolotl.config.distributed import FsdpConfig
 from axolotl.distributed.fsdp import give_back, shard_model
 from axolotl.distributed.mesh import build_mesh
 from axolotl.errors import ModelError
+from axolotl.kernels.cross_entropy import plain_linear_cross_entropy
+from axolotl.kernels.cross_entropy_parts import divided_linear_cross_entropy
 from axolotl.weights.whole import whole
 
 SIZES: dict[str, Any] = {
@@ -97,6 +99,28 @@ def agrees(kind: str, lora: bool, axes: Axes) -> None:
     assert parts >= sharding.products.divided
 
 
+def loss_of_divided_words() -> None:
+    group = build_mesh(Axes(1, 1, 1, 2), "cpu").tensor.get_group()
+    draw = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(*shape, generator=draw) for shape in ((21, 8), (34, 8), (34,)))
+    y = torch.randint(0, 34, (21,), generator=draw)
+    y[::4] = -100
+    for options in ({}, {"softcap": 2.0, "scale": 0.5}, {"chunks": 4}):
+        more = {k: v for k, v in options.items() if k != "chunks"}
+        whole_inputs = [each.clone().requires_grad_() for each in (x, w, b)]
+        mine = [x, *(each.chunk(2)[group.rank()] for each in (w, b))]
+        parts = [each.clone().requires_grad_() for each in mine]
+        wanted = plain_linear_cross_entropy(*whole_inputs[:2], y, 7.0, bias=whole_inputs[2], **more)
+        found = divided_linear_cross_entropy(*parts[:2], y, 7.0, bias=parts[2], group=group, **options)
+        assert torch.allclose(wanted, found, rtol=1e-6)
+        (3 * wanted).backward()
+        (3 * found).backward()
+        grads = [each.grad for each in whole_inputs]
+        grads = [grads[0], *(each.chunk(2)[group.rank()] for each in grads[1:])]
+        for a, other in zip(grads, parts, strict=True):
+            assert torch.allclose(a, other.grad, atol=1e-6), options
+
+
 def refusals() -> None:
     mesh = build_mesh(Axes(1, 1, 1, dist.get_world_size()), "cpu")
     for family, more, said in (
@@ -127,7 +151,7 @@ def main() -> None:
         for lora in (False, True)
         for axes in layouts
     ]
-    checks += [("refusals", refusals)] if size == 2 else []
+    checks += [("refusals", refusals), ("loss", loss_of_divided_words)] if size == 2 else []
     for name, each in checks:
         try:
             each()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from axolotl.distributed import failure
-from axolotl.distributed.launch import environment_of, launcher_command, run_processes
+from axolotl.distributed.launch import AGENT, environment_of, launcher_command, run_processes
 from axolotl.errors import ConfigError, EnvironmentProblem
 from axolotl.run.launch import _asked_of_accelerate, _remember, process_count
 from distributed.runs import eventually
@@ -209,6 +209,7 @@ def test_a_launcher_gets_its_options_before_the_module() -> None:
     torchrun = launcher_command("torchrun", ["--nnodes", "2"], ["c.yml"], 4)
     assert torchrun[1:] == [
         "-m",
+        "axolotl.distributed.agent",
         "torch.distributed.run",
         "--nproc-per-node=4",
         "--nnodes",
@@ -219,7 +220,7 @@ def test_a_launcher_gets_its_options_before_the_module() -> None:
     ]
     assert "--nproc-per-node=4" not in launcher_command("torchrun", ["--nproc_per_node=2"], ["c.yml"], 4)
     accelerate = launcher_command("accelerate", [], ["c.yml"], 4)
-    assert accelerate[3:] == ["--multi_gpu", "--num_processes=4", "-m", "axolotl.cli.train", "c.yml"]
+    assert accelerate[4:] == ["--multi_gpu", "--num_processes=4", "-m", "axolotl.cli.train", "c.yml"]
     assert "--num_processes=4" not in launcher_command("accelerate", ["--config_file", "a"], ["c.yml"], 4)
 
 
@@ -263,3 +264,20 @@ def test_accelerate_that_starts_one_process_for_several_is_noticed(
     assert _asked_of_accelerate() == 0, "the process that starts accelerate"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert _asked_of_accelerate() == asked
+
+
+def test_torchrun_tells_of_a_process_that_the_system_ended(tmp_path: Path) -> None:
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import os, signal\nif os.environ['RANK'] == '1':\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    command = [*AGENT, "torch.distributed.run", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "the process of rank 1 with SIGKILL" in done.stderr and "[AX1405]" in done.stderr
+    assert "for want of memory" in done.stderr
+    # What speaks for itself is told by torchrun alone.
+    script.write_text("raise SystemExit(3)\n")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert "AX1405" not in done.stderr and "exitcode  : 3" in done.stderr

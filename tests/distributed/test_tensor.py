@@ -41,12 +41,13 @@ def test_gradients_are_those_of_whole_matrices(ranks: int) -> None:
         check=False,
     )
     told = [line for line in done.stdout.splitlines() if line.endswith((": passed", ": failed"))]
-    assert len(told) == (15 if ranks == 2 else 8), done.stdout + done.stderr
+    assert len(told) == (16 if ranks == 2 else 8), done.stdout + done.stderr
     assert all(line.endswith(": passed") for line in told), done.stdout + done.stderr
 
 
 def runs_in(folder: Path, model: Path, **keys: Any) -> Runs:
-    runs = Runs(folder, model, max_grad_norm=1.0, **keys)
+    # With the usual 1e-8, Adam makes steps of gradients that are nothing but rounding.
+    runs = Runs(folder, model, max_grad_norm=1.0, adam_epsilon=1e-5, **keys)
     options = {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}}
     (folder / "fsdp.yml").write_text(yaml.safe_dump(options))
     runs.run("one")
@@ -79,8 +80,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory, tiny_chatml: Path) -> Runs:
 
 def agrees(runs: Runs, name: str) -> None:
     assert furthest(runs.losses("one"), runs.losses(name)) < 1e-5
-    # Adam makes much of gradients that are nearly 0: two of half a million weights differ so.
-    assert furthest(runs.weights("one"), runs.weights(name)) < 3e-4
+    assert furthest(runs.weights("one"), runs.weights(name)) < 1e-4
     seen = [
         [(each.get("tokens"), each.get("trained_tokens")) for each in runs.logged(n)] for n in ("one", name)
     ]
@@ -135,7 +135,7 @@ def test_a_run_goes_on_divided_otherwise(kind: str, way: str, request: pytest.Fi
         runs.run(way, *ranks, *go_on, "--gradient-accumulation-steps", str(steps // (2 if ranks else 1)))
     whole = {k: v for k, v in runs.losses("two").items() if k[-1] in "456"}
     found = {k: v for k, v in runs.losses(way).items() if k in whole}
-    limits = (0.0, 0.0) if way == "same" else (1e-5, 3e-4)
+    limits = (0.0, 0.0) if way == "same" else (1e-5, 1e-4)
     assert furthest(whole, found) <= limits[0]
     assert furthest(runs.weights("two"), runs.weights(way)) <= limits[1]
 
@@ -150,8 +150,7 @@ def test_a_rank_that_dies_while_saving_leaves_the_last_checkpoint(full: Runs) ->
     assert "rank 1 with SIGKILL" in said
     assert [each.name for each in (full.folder / "died").glob("checkpoint-*")] == ["checkpoint-3"]
     sharing(full, "died", 2, "--auto-resume-from-checkpoints", "true")
-    agrees_weights = furthest(full.weights("one"), full.weights("died"))
-    assert agrees_weights < 3e-4
+    assert furthest(full.weights("one"), full.weights("died")) < 1e-4
 
 
 def test_what_cannot_be_divided_is_told_before_anything_is_loaded(full: Runs) -> None:

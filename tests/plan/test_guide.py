@@ -176,6 +176,14 @@ def test_one_device_and_a_config_for_several(
     assert done.returncode == 2
     assert f"config.yml:{line}:" in done.stderr and "[AX1407]" in done.stderr
     assert f"Delete the line `{key}:`" in done.stderr
+    done = axolotl("check", file)
+    assert done.returncode == 2
+    assert "[AX1407]" in done.stderr and "--config-only" in done.stderr and "--num-processes" in done.stderr
+    done = axolotl("check", "--num-processes", "2", file)
+    assert "[AX1407]" not in done.stderr
+    done = axolotl("plan", file, "--gpu", "h100", "--gpus", "1")
+    assert done.returncode == 2
+    assert "[AX1407]" in done.stderr and "--gpus" in done.stderr
 
 
 @pytest.mark.slow

@@ -327,6 +327,18 @@ def test_several_gpus_divide_what_their_strategy_says(
     assert "no run" in shared.needs.notes[0]
 
 
+def test_gpus_that_share_products_hold_parts_of_matrices(write: Callable[..., Path]) -> None:
+    alone = planned(write("qwen3-1.7b")).needs
+    shared = planned(write("qwen3-1.7b", tensor_parallel_size=2))
+    one, part = alone.training.by_category, shared.needs.training.by_category
+    assert shared.layout.copies == 1 and "2 share each matrix product" in shared.layout.title
+    for what in ("weights", "optimizer"):
+        assert part[what] == pytest.approx(one[what] / 2, rel=0.01)
+    assert part["temporary"] == one["temporary"]
+    assert shared.needs.step.matmul == pytest.approx(alone.step.matmul / 2)
+    assert shared.needs.step.exchange > 0
+
+
 def test_layouts_are_read_from_the_config(write: Callable[..., Path]) -> None:
     keys = {"fsdp_config": {"fsdp_version": 2}, "tensor_parallel_size": 2, "dp_shard_size": 2}
     cfg = load_config(write(**keys), verb="plan")

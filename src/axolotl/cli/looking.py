@@ -33,10 +33,18 @@ def fetch(what: str, dest: Path | None, force: bool) -> None:
 @click.option(
     "--config-only", is_flag=True, help="Read nothing but the YAML: no network, no model, no hardware."
 )
+@click.option(
+    "--num-processes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="As for a run of so many processes; by default, one for each GPU here.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @takes_config
 @click.pass_context
-def check(ctx: click.Context, args: tuple[str, ...], config_only: bool, as_json: bool) -> None:
+def check(
+    ctx: click.Context, args: tuple[str, ...], config_only: bool, num_processes: int | None, as_json: bool
+) -> None:
     """Validate config, data (the first 256 rows of each dataset) and environment; run nothing."""
     from axolotl.cli.document import report_check
 
@@ -53,7 +61,7 @@ def check(ctx: click.Context, args: tuple[str, ...], config_only: bool, as_json:
             return cfg.warnings
         from axolotl.run.check import check as run_check
 
-        return run_check(cfg)
+        return run_check(cfg, num_processes)
 
     looked = (
         ""

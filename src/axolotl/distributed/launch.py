@@ -35,6 +35,7 @@ GRACE = 1.0  # seconds between the death of one process and the end of all
 LINGER = 120.0  # seconds for the others, when one has ended after a signal
 POLL = 0.1
 MODULE = ["-m", "axolotl.cli.train"]
+AGENT = [sys.executable, "-m", "axolotl.distributed.agent"]
 _FORWARDED = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
 )
@@ -212,10 +213,10 @@ def launcher_command(
     if not named:
         options = [f"{counts[0]}={processes}", *options]
     if launcher == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", *options, *MODULE, *arguments]
+        return [*AGENT, "torch.distributed.run", *options, *MODULE, *arguments]
     if not named and processes > 1 and "--multi_gpu" not in options and "--cpu" not in options:
         options.insert(0, "--multi_gpu")
-    return [sys.executable, "-m", "accelerate.commands.launch", *options, *MODULE, *arguments]
+    return [*AGENT, "accelerate.commands.launch", *options, *MODULE, *arguments]
 
 
 def become(command: Sequence[str], environment: Mapping[str, str]) -> None:

@@ -217,11 +217,14 @@ def _empty_like(
 ) -> torch.Tensor:
     """A tensor of the stored shape, divided as it was or as its parameter is now."""
     dtype = stored.properties.dtype
-    if kind == "whole" or not isinstance(parameter, DTensor):
+    if not isinstance(parameter, DTensor):
         return torch.empty(stored.size, dtype=dtype)
     if stored.size == parameter.shape:
+        # Also where every process held the whole then.
         made = torch.empty_like(parameter, dtype=dtype)
         return made.detach()
+    if kind == "whole":
+        return torch.empty(stored.size, dtype=dtype)
     placements = [
         Shard(dim) if isinstance(p, Shard) and dim is not None else Replicate() for p in parameter.placements
     ]

@@ -34,9 +34,9 @@ STYLES = (*COLUMNS, *ROWS, *WHOLE_OUTSIDE, SUMMED, EMBEDDING, NOTHING)
 """What of transformers' plans is divided here; the others are about experts and fused matrices."""
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
-# A matrix that is divided twice along one dimension is put together in two exchanges: nothing is summed, and nothing to warn of.
+# What is divided along two axes is put together, and summed, in two exchanges; every process does both in the same order.
 logging.getLogger("torch.distributed.tensor._redistribute").addFilter(
-    lambda record: "sequential all_gather" not in record.getMessage()
+    lambda record: "sequential all_" not in record.getMessage()
 )
 
 

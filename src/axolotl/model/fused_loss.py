@@ -13,10 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from axolotl.kernels.cross_entropy import linear_cross_entropy
+from axolotl.kernels.cross_entropy_parts import divided_linear_cross_entropy
 from axolotl.model.replace import Replacements, own_forward
 
 IGNORE_INDEX = -100
@@ -57,10 +59,12 @@ def fuse_loss(
     softcap = getattr(config, "final_logit_softcapping", None)
     scale = float(getattr(model, "logit_scale", None) or getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    # A head whose words are divided among processes has a forward of its own.
+    logits_of = linear.__dict__.get("forward") or own_forward(linear)
 
     def head_forward(self: nn.Linear, hidden: torch.Tensor, loss: Loss | None = None) -> Any:
         if loss is None:
-            return own_forward(self)(hidden)
+            return logits_of(hidden)
         # A tuple passes the hooks that give trained heads' logits another number type.
         return (loss(self.weight, self.bias, hidden),)
 
@@ -82,17 +86,25 @@ def fuse_loss(
         hidden = outputs.last_hidden_state
 
         def loss(weight: torch.Tensor, bias: torch.Tensor | None, h: torch.Tensor) -> torch.Tensor:
+            rows, wanted = h.reshape(-1, h.shape[-1]), targets.reshape(-1).to(h.device)
+            options: dict[str, Any] = {
+                "ignore_index": ignore,
+                "softcap": softcap,
+                "scale": scale,
+                "chunks": chunks,
+            }
+            if isinstance(weight, DTensor):
+                return divided_linear_cross_entropy(
+                    rows,
+                    weight.to_local(),
+                    wanted,
+                    num_items_in_batch,
+                    group=weight.device_mesh.get_group(),
+                    bias=bias.to_local() if isinstance(bias, DTensor) else bias,
+                    **options,
+                )
             return linear_cross_entropy(
-                h.reshape(-1, h.shape[-1]),
-                weight,
-                targets.reshape(-1).to(h.device),
-                num_items_in_batch,
-                bias=bias,
-                ignore_index=ignore,
-                softcap=softcap,
-                scale=scale,
-                chunks=chunks,
-                triton=triton,
+                rows, weight, wanted, num_items_in_batch, bias=bias, triton=triton, **options
             )
 
         (value,) = self.get_output_embeddings()(hidden, loss=loss)

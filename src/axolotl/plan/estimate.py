@@ -150,6 +150,8 @@ def requirement(
         notes.append("`torch_compile` is planned as if it were off: it needs less memory and time.")
     if cfg.model.fp8:
         notes.append("`fp8` is planned as if it were off: its products take less time.")
+    if layout.tensor > 1:
+        notes.append("What layers hold between GPUs that share products is counted whole: it is less.")
     if layout.gpus > 1:
         notes.append(
             "What several GPUs hold and exchange is worked out from the strategy, and was compared with no run."
@@ -159,8 +161,9 @@ def requirement(
         gpu,
         accumulation=cfg.train.gradient_accumulation_steps,
         bits16=_dtype(cfg) != torch.float32,
-        update_bytes=parameters.state.traffic / (layout.shards if layout.state else 1),
-        exchanged=_exchanged(parameters, layout, cfg),
+        update_bytes=parameters.state.traffic / (layout.shards if layout.state else 1) / layout.tensor,
+        exchanged=_exchanged(parameters, layout, cfg, _hidden_bytes(inner, usual, _dtype(cfg))),
+        shared=layout.tensor,
     )
     return Requirement(
         parameters,
@@ -182,7 +185,13 @@ def _evaluated(
     ledger.begin_anew()
     rehearsal.evaluate(batch)
     time = step_time(
-        ledger.account, gpu, accumulation=1, bits16=_dtype(cfg) != torch.float32, update_bytes=0, exchanged=0
+        ledger.account,
+        gpu,
+        accumulation=1,
+        bits16=_dtype(cfg) != torch.float32,
+        update_bytes=0,
+        exchanged=0,
+        shared=layout.tensor,
     )
     return _spread(ledger.usage, parameters, layout), time.total
 
@@ -286,9 +295,9 @@ def _spread(usage: Usage, parameters: Parameters, layout: Layout, accumulates: b
             whole = parameters.trained_bytes
         peak["temporary"] += whole + 2 * layer
         peak["gradients"] = 0 if layout.state_on_host else peak["gradients"] // parts
-    else:
+    elif layout.copies > 1:
         # The buckets in which gradients are summed over the GPUs are a second copy of them.
-        peak["temporary"] += parameters.trained_bytes
+        peak["temporary"] += parameters.trained_bytes // layout.tensor
     if layout.state and layout.shards > 1:
         peak["optimizer"] = peak["optimizer"] // parts
     if layout.tensor > 1:
@@ -318,16 +327,31 @@ def _on_host(cfg: Config, parameters: Parameters, layout: Layout, away: int) -> 
     return found
 
 
-def _exchanged(parameters: Parameters, layout: Layout, cfg: Config) -> float:
-    """Bytes that each GPU sends in a step: gradients once around the ring, sharded weights twice for each micro batch."""
+def _hidden_bytes(model: Any, batch: Batch, dtype: torch.dtype) -> int:
+    """Bytes of what all layers of a model hand on, for one micro batch."""
+    config = model.config.get_text_config()
+    layers, width = getattr(config, "num_hidden_layers", 0), getattr(config, "hidden_size", 0)
+    return int(batch.rows * batch.length * width * layers * dtype.itemsize)
+
+
+def _exchanged(parameters: Parameters, layout: Layout, cfg: Config, hidden_bytes: int) -> float:
+    """Bytes that each GPU sends in a step: gradients once around the ring, sharded weights twice for each micro batch,
+    and the sums of products that GPUs share.
+    """
+    summed = 0.0
+    if layout.tensor > 1:
+        # Two sums a layer in the forward pass, two in the backward pass, two where it is computed again.
+        sums = 6 if cfg.train.gradient_checkpointing else 4
+        around = (layout.tensor - 1) / layout.tensor
+        summed = 2 * around * sums * cfg.train.gradient_accumulation_steps * hidden_bytes
     if layout.copies < 2:
-        return 0.0
+        return summed
     around = (layout.copies - 1) / layout.copies
     sent = 2 * parameters.trained_bytes * around
     if layout.weights:
         passes = 3 if cfg.train.gradient_checkpointing else 2
         sent += passes * cfg.train.gradient_accumulation_steps * parameters.weight_bytes * around
-    return float(sent)
+    return sent / layout.tensor + summed
 
 
 def as_dict(found: Requirement) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def layout_of(distributed: DistributedSection, gpus: int | None, present: int) -
     if options:
         host = bool(options.offload_params)
         return Layout(
-            f"FSDP, {_gpus(count)}",
+            f"FSDP, {_gpus(count)}{_together(axes.tensor)}",
             shards=axes.weight_shards,
             weights=True,
             gradients=True,
@@ -92,7 +92,12 @@ def layout_of(distributed: DistributedSection, gpus: int | None, present: int) -
             weights_on_host=host,
             **common,
         )
-    return Layout(f"DDP, {_gpus(count)}", **common)
+    way = "DDP" if axes.tensor == 1 or axes.replicate > 1 else "tensor parallel"
+    return Layout(f"{way}, {_gpus(count)}{_together(axes.tensor)}", **common)
+
+
+def _together(tensor: int) -> str:
+    return f", of which {tensor} share each matrix product" if tensor > 1 else ""
 
 
 def _gpus(count: int) -> str:

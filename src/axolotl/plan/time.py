@@ -31,11 +31,19 @@ class StepTime:
 
 
 def step_time(
-    micro: Account, gpu: Gpu, *, accumulation: int, bits16: bool, update_bytes: float, exchanged: float
+    micro: Account,
+    gpu: Gpu,
+    *,
+    accumulation: int,
+    bits16: bool,
+    update_bytes: float,
+    exchanged: float,
+    shared: int = 1,
 ) -> StepTime:
     """Seconds of a step of `accumulation` micro batches, each as in the rehearsal `micro`.
 
-    `update_bytes`: read and written by the optimizer; `exchanged`: bytes that this GPU sends or gets in a step.
+    `update_bytes`: read and written by the optimizer; `exchanged`: bytes that this GPU sends or gets in a step; `shared`:
+    GPUs that share each matrix product, and the heads of each attention.
     """
     share = gpu.efficiency
     kinds = {"matmul": 0.0, "attention": 0.0, "memory": 0.0}
@@ -46,6 +54,8 @@ def step_time(
             for work in table.values():
                 # Attention is attention, however it is reached, and a product a product.
                 kinds[work.kind.split()[-1]] += work.count * seconds(work, gpu, bits16)
+    for kind in ("matmul", "attention"):
+        kinds[kind] /= shared
     optimizer = update_bytes / (gpu.bandwidth * share.memory)
     exchange = exchanged / INTERCONNECT
     host = accumulation * operations * share.host_us * 1e-6

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 
 from axolotl.config import Config
 from axolotl.config.keys import owners
 from axolotl.config.plugins import import_plugins, own_plugins
-from axolotl.distributed.world import detect_hardware
+from axolotl.distributed.world import detect_hardware, world
 from axolotl.errors import Problem, UserError
 from axolotl.model.files import check_base_model
 from axolotl.plan.check import component_problems
@@ -16,8 +17,8 @@ from axolotl.run.ready import placed
 from axolotl.run.rows_beforehand import dataset_problems
 
 
-def check(cfg: Config) -> Sequence[Problem]:
-    """All problems and warnings that can be seen from here."""
+def check(cfg: Config, processes: int | None = None) -> Sequence[Problem]:
+    """All problems and warnings that can be seen from here, for a run of so many processes; None: one for each GPU."""
     problems = list(cfg.warnings)
     if own_plugins(cfg):
         try:
@@ -26,7 +27,22 @@ def check(cfg: Config) -> Sequence[Problem]:
             problems += [p for p in component_problems(cfg, complete=True) if p not in problems]
         except UserError as error:
             problems += error.problems
-    return [*problems, *problems_beforehand(cfg, detect_hardware(), data=True)]
+    hardware = detect_hardware()
+    if processes is None and not cfg.distributed.use_ray:
+        processes = max(1, len(hardware.gpu_names), world().size)
+    found = problems_beforehand(cfg, hardware, data=True, processes=processes)
+    return [*problems, *map(_for_elsewhere, found)]
+
+
+def _for_elsewhere(problem: Problem) -> Problem:
+    """A config for several devices may be meant for another machine than the one that looks at it."""
+    if problem.code != "AX1407":
+        return problem
+    remedy = (
+        f"{problem.remedy} For a run elsewhere: `--num-processes 8` judges it for eight processes, and `--config-only` "
+        "looks at no machine."
+    )
+    return dataclasses.replace(problem, remedy=remedy)
 
 
 def files_in_spite(cfg: Config, doubted: Collection[str]) -> list[Problem]:

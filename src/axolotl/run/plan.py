@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 from axolotl import console
 from axolotl.config import Config
 from axolotl.config.edit import edited
+from axolotl.config.rules.devices import several_devices_needed
 from axolotl.distributed.world import detect_hardware
-from axolotl.errors import ConfigError, EnvironmentProblem, UserError
+from axolotl.errors import ConfigError, EnvironmentProblem, Problem, UserError
 from axolotl.model.files import check_base_model
 from axolotl.model.hub import check_hub
 from axolotl.model.tokenizer import load_tokenizer
 from axolotl.plan.auto import fitted
 from axolotl.plan.gpus import gpu as gpu_by_name
 from axolotl.plan.gpus import gpu_names, hardware_of, present_gpu
+from axolotl.plan.layout import layout_of
 from axolotl.plan.show import change_lines, diff, plan_dict, table
 from axolotl.plan.whole import Plan, plan_run, question
 from axolotl.run.ready import quiet_libraries, ready, refuse, told_with_places
@@ -53,6 +56,8 @@ def plan(
     # Its weights are not looked at: a folder without them will do.
     without_weights = cfg.model.model_copy(update={"reinit_weights": True})
     refuse([*check_base_model(without_weights, place), *check_hub(cfg.model.base_model, place=place)])
+    count = layout_of(cfg.distributed, gpus, max(1, len(hardware.gpu_names))).gpus
+    refuse([_for_several(problem) for problem in several_devices_needed(cfg, count)])
     with console.silenced():
         cfg = fitted(cfg, chosen, hardware, chosen.memory, gpus)
     cfg = ready(cfg, hardware)
@@ -73,6 +78,10 @@ def plan(
         new[0].write_text(new[2], encoding="utf-8")
         console.success(f"Written to {new[0]}.")
     return found
+
+
+def _for_several(problem: Problem) -> Problem:
+    return dataclasses.replace(problem, remedy=f"{problem.remedy} Name their number with `--gpus`.")
 
 
 def _tokenizer(cfg: Config) -> Any:
