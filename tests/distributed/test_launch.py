@@ -266,6 +266,7 @@ def test_accelerate_that_starts_one_process_for_several_is_noticed(
     assert _asked_of_accelerate() == asked
 
 
+@pytest.mark.slow
 def test_torchrun_tells_of_a_process_that_the_system_ended(tmp_path: Path) -> None:
     script = tmp_path / "dies.py"
     script.write_text(

@@ -16,9 +16,13 @@ from typing import Any
 import pytest
 import yaml
 
+from axolotl.config import load_config
 from axolotl.config.host import Ram
 from axolotl.distributed.exits import explain_exit
 from axolotl.distributed.ram_watch import within_ram
+from axolotl.errors import ConfigError
+from axolotl.run.check import check
+from axolotl.run.plan import plan
 
 Run = Callable[..., CompletedProcess[str]]
 TALK = [
@@ -176,14 +180,13 @@ def test_one_device_and_a_config_for_several(
     assert done.returncode == 2
     assert f"config.yml:{line}:" in done.stderr and "[AX1407]" in done.stderr
     assert f"Delete the line `{key}:`" in done.stderr
-    done = axolotl("check", file)
-    assert done.returncode == 2
-    assert "[AX1407]" in done.stderr and "--config-only" in done.stderr and "--num-processes" in done.stderr
-    done = axolotl("check", "--num-processes", "2", file)
-    assert "[AX1407]" not in done.stderr
-    done = axolotl("plan", file, "--gpu", "h100", "--gpus", "1")
-    assert done.returncode == 2
-    assert "[AX1407]" in done.stderr and "--gpus" in done.stderr
+    cfg = load_config(file)
+    (found,) = [p for p in check(cfg) if p.code == "AX1407"]
+    assert "--config-only" in found.remedy and "--num-processes" in found.remedy
+    assert not [p for p in check(cfg, 2) if p.code == "AX1407"]
+    with pytest.raises(ConfigError, match="one device and one process") as caught:
+        plan(cfg, gpu="h100", gpus=1)
+    assert "--gpus" in caught.value.problems[0].remedy
 
 
 @pytest.mark.slow

@@ -58,6 +58,20 @@ def on_this_course(schedule: Any) -> None:
     schedule._last_lr = rates
 
 
+def for_these_groups(saved: dict[str, Any], schedule: Any) -> dict[str, Any]:
+    """The state of a schedule, with what it says of each group of weights left out where the groups are others now.
+
+    Weights that are divided otherwise are of groups of their own.
+    """
+    groups = len(schedule.base_lrs)
+    if len(saved.get("base_lrs", ())) == groups:
+        return saved
+    rates = [group["lr"] for group in schedule.optimizer.param_groups]
+    # The functions of a schedule have no state of their own.
+    functions = {"lr_lambdas": [None] * groups} if "lr_lambdas" in saved else {}
+    return saved | {"base_lrs": schedule.base_lrs, "_last_lr": rates} | functions
+
+
 class Sharded(_Base):
     """The part of our trainers that knows sharded models. Without `parts.sharding` it does nothing."""
 
@@ -203,7 +217,8 @@ class Sharded(_Base):
             load_optimizer(self.model, self.optimizer, parts)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULE, weights_only=True))
+                saved = torch.load(Path(checkpoint) / SCHEDULE, weights_only=True)
+                self.lr_scheduler.load_state_dict(for_these_groups(saved, self.lr_scheduler))
         if checkpoint is not None:
             on_this_course(self.lr_scheduler)
 
