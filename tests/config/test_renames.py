@@ -121,6 +121,14 @@ def test_fields_of_messages(tmp_path: Path) -> None:
     assert cfg.warnings[0].keys == ("datasets[0].train_on_split",)
 
 
+@pytest.mark.parametrize("kind", ["completion", "input_output", "chat_template", "messages.chat"])
+def test_types_that_name_their_loader(kind: str, tmp_path: Path) -> None:
+    cfg = load(
+        f"datasets:\n  - path: a\n    type: {kind}.load", tmp_path, "base_model: x\nlearning_rate: 1e-4\n"
+    )
+    assert cfg.data.datasets[0].type == kind
+
+
 TWO = "base_model: x\nlearning_rate: 1\n"
 
 

@@ -136,6 +136,18 @@ def _fsdp_prefixes(renaming: Renaming, config: dict[Any, Any]) -> None:
             renaming.warn(("fsdp_config", old), "has no effect on today's FSDP.", "Delete the line.")
 
 
+# Types that name the function which older versions looked up; those of formats with several such functions are entered
+# with the formats.
+_TYPES = {
+    "chat_template.default": "chat_template",
+    "chat_template.load": "chat_template",
+    "completion.load": "completion",
+    "input_output.load": "input_output",
+    "messages.chat.load": "messages.chat",
+    "messages.load": "messages",
+}
+
+
 def _dataset(renaming: Renaming, at: Path, entry: dict[Any, Any]) -> None:
     """One entry of a list of datasets."""
     for old, target in (("message_field_role", "role"), ("message_field_content", "content")):
@@ -167,8 +179,8 @@ def _dataset(renaming: Renaming, at: Path, entry: dict[Any, Any]) -> None:
     kind = entry.get("type")
     if isinstance(kind, str) and kind.partition(":")[0].partition(".")[0].partition("_")[0] == "sharegpt":
         sharegpt_of_old(renaming, at, entry, kind)
-    elif isinstance(kind, str) and kind.startswith("chat_template."):
-        entry["type"] = "chat_template" if kind in ("chat_template.default", "chat_template.load") else kind
+    elif isinstance(kind, str):
+        entry["type"] = _TYPES.get(kind, kind)
 
 
 def _nowhere() -> Spot:
