@@ -175,6 +175,8 @@ class ChatRenderer:
                 continue
             before = bisect_left(begins, end) - 1
             in_message = before >= 0 and trace.runs[before][1] > start
+            following = bisect_left(begins, turn.reach)  # another turn's text in between has that stop token
+            in_message = in_message or (following < len(begins) and begins[following] < turn.stop[0])
             if in_message or not (known or any(stop and stop.endswith(text) for stop in self.stops)):
                 turn.stop = None
         return turns

@@ -60,15 +60,15 @@ class StopRule:
 class Turn:
     """Where one turn stands in a rendered text: what came from it, and the stop token after it (None: there is none).
 
-    `reach`: where its text ends before the stop token. `late`: from the end of text that the template wrote only after
-    the results of the turn's calls, to the end of the stop token after that.
+    `reach`: where its text ends before the stop token. `late`: the end of text that the template wrote only after
+    the results of the turn's calls, and where the stop token after that begins and ends.
     """
 
     spans: list[tuple[int, int]]
     masked: list[tuple[int, int]]
     stop: tuple[int, int] | None = None
     reach: int = 0
-    late: tuple[int, int] | None = None
+    late: tuple[int, int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -146,7 +146,7 @@ def locate_turns(trace: Trace, count: int, tool_turns: Sequence[bool], rule: Sto
             tail_end = len(text) if is_last else _begin(stretches[index + 1])
             tail_end = min([tail_end, *(b for a, b in regions.values() if a <= start < b)])
             stop = _find_stop(text, stretch.reach, tail_end, len(text), False, rule)
-            turns[turn].late = stop and (stretch.reach, stop[1])
+            turns[turn].late = stop and (stretch.reach, *stop)
         elif not stretch.home and turn not in final and stretch.reach <= loop:
             # a system turn that the template writes whole, before it goes through the messages
             tail_end = loop if is_last else min(loop, _begin(stretches[index + 1]))
@@ -204,9 +204,10 @@ def trained_ranges(
             if wanted and stop is not None:
                 # the words between content and stop token (a closing tag, say) are the turn's as well
                 keep.append((turn.reach, stop[1]))
-                keep.extend([turn.late] if turn.late else [])
+                keep.extend([(turn.late[0], turn.late[2])] if turn.late else [])
         elif wanted and stop is not None:
             keep.append(stop)
+            keep.extend([turn.late[1:]] if turn.late else [])
     return sorted(k for k in keep if k[1] > k[0]), sorted(drop)
 
 
