@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -21,10 +22,11 @@ from axolotl.plan.auto import fitted
 from axolotl.plan.check import load_config
 from axolotl.plan.fit import batches, changed
 from axolotl.plan.gpus import GIB, gpu, gpu_called, gpu_names, hardware_of
-from axolotl.plan.layout import layout_of
+from axolotl.plan.layout import Layout, layout_of
+from axolotl.plan.rehearsal import Batch
 from axolotl.plan.show import table
-from axolotl.plan.steps import course_of, rows_of
-from axolotl.plan.whole import Plan, changes, plan_run, question
+from axolotl.plan.steps import Course, course_of, rows_of, shapes_without_data
+from axolotl.plan.whole import Plan, Question, changes, plan_run, question
 from axolotl.run.memory import free_memory
 from axolotl.train.build import attention_for
 from scripts import script
@@ -460,3 +462,18 @@ def test_every_process_sees_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_number_in_front_of_a_gpu_is_told_to_be_an_option_of_its_own(name: str) -> None:
     with pytest.raises(ConfigError, match="Write `--gpu h100 --gpus 8`"):
         gpu(name)
+
+
+def test_rows_of_which_nothing_is_known_are_filled_up(write: Callable[..., Path]) -> None:
+    """Attention of rows of different lengths gets a mask, which costs memory: what `auto` chooses has to allow for it."""
+    hardware = hardware_of(gpu("h200"), 1, 2)
+    for packing in (False, True):
+        file = write("llama-1b", **LORA, micro_batch_size=2, sequence_len=2048, sample_packing=packing)
+        cfg, _ = resolve(load_config(file), hardware)
+        choice = attention_for(cfg.model, cfg.data, hardware)
+        batch = shapes_without_data(cfg, choice)
+        assert batch.packed is packing and batch.masked is not packing
+    one = Question(cfg, gpu("h200"), hardware, Layout("one GPU"), choice)
+    known = Batch(1, 2048)
+    asked = replace(one, train=Course(None, known, known, 1.0, True, 1))  # type: ignore[arg-type]
+    assert not asked.batch(cfg, 1).masked and asked.batch(cfg, 4).masked

@@ -172,9 +172,10 @@ def shapes(cfg: Config, source: BatchSource, attention: AttentionChoice) -> tupl
 
 
 def shapes_without_data(cfg: Config, attention: AttentionChoice, *, evaluation: bool = False) -> Batch:
-    """The micro batch of a run of which no row is known: rows as long as the config allows."""
+    """The micro batch of a run of which no row is known: rows as long as the config allows, and one of them filled up, so
+    that attention gets a mask."""
     train, data = cfg.train, cfg.data
     rows = (train.eval_batch_size if evaluation else None) or train.rows_at_once
     length = (data.eval_sequence_len if evaluation else None) or data.sequence_len
     packing = data.sample_packing and attention.joined
-    return Batch(rows, length, packed=packing)
+    return Batch(rows, length, packed=packing, masked=not packing)

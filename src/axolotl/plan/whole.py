@@ -87,9 +87,10 @@ class Question:
     def batch(self, cfg: Config, rows: int) -> Batch:
         """A training batch of so many rows under a config that may be a changed one."""
         largest = self.train.largest if self.train else shapes_without_data(cfg, self.attention)
-        return replace(
-            largest, rows=rows, length=min(largest.length, cfg.data.sequence_len + 7), attended=0.0
-        )
+        # More rows at once than the data was looked at with are filled up to the longest of them.
+        masked = largest.masked or (not largest.packed and rows > largest.rows)
+        length = min(largest.length, cfg.data.sequence_len + 7)
+        return replace(largest, rows=rows, length=length, attended=0.0, masked=masked)
 
     def evaluation(self, cfg: Config) -> Batch | None:
         """An evaluation batch, where the run evaluates."""

@@ -58,8 +58,7 @@ def plan(
     refuse([*check_base_model(without_weights, place), *check_hub(cfg.model.base_model, place=place)])
     count = layout_of(cfg.distributed, gpus, max(1, len(hardware.gpu_names))).gpus
     refuse([_for_several(problem) for problem in several_devices_needed(cfg, count)])
-    with console.silenced():
-        cfg = fitted(cfg, chosen, hardware, chosen.memory, gpus)
+    cfg = fitted(cfg, chosen, hardware, chosen.memory, gpus)
     cfg = ready(cfg, hardware)
     tokenizer = _tokenizer(cfg)
     asked, why = question(cfg, chosen, hardware, gpus=gpus, tokenizer=tokenizer)
