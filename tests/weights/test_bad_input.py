@@ -247,6 +247,16 @@ def test_a_pickle_is_read_as_weights_only_where_it_is_allowed(case: Case, tmp_pa
     assert not (tmp_path / "was_run").exists()
 
 
+def test_a_model_that_was_trained_whole_needs_no_merge(case: Case) -> None:
+    shutil.copytree(LLAMA, case.out)
+    case.yml.write_text(f"base_model: {case.base}\noutput_dir: {case.out}\n")
+    result = CliRunner().invoke(cli, ["merge-lora", str(case.yml)])
+    assert result.exit_code == 2
+    assert "holds a whole model, trained without an adapter: there is nothing to merge" in " ".join(
+        result.output.split()
+    )
+
+
 def test_keys_of_a_newer_peft_are_named_and_left_out(case: Case) -> None:
     file = case.adapter / "adapter_config.json"
     newer = json.loads(file.read_text()) | {"use_quantum": True, "nothing_new": None, "peft_version": "9.0"}

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl.errors import ModelError
+from axolotl.plan.check import ADAPTERS
 from axolotl.weights.merge import merge
 from trained import LLAMA, lora, section
 
@@ -40,6 +45,28 @@ NOT_MERGEABLE = {
     "ADAPTION_PROMPT", "BEFT", "CPT", "LILY", "MULTITASK_PROMPT_TUNING", "POLY", "PREFIX_TUNING", "PROMPT_TUNING",
     "P_TUNING", "SHADOW",
 }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [k for k in ADAPTERS if k != "qlora"])
+def test_what_the_config_takes_is_trained_and_merged(
+    kind: str, tmp_path: Path, axolotl: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    values = {
+        "base_model": LLAMA, "datasets": [{"path": str(tmp_path / "rows.jsonl"), "type": "alpaca"}],
+        "adapter": kind, "lora_target_modules": ["q_proj", "o_proj"], "output_dir": str(tmp_path / "out"),
+        "dataset_prepared_path": str(tmp_path / "prepared"), "micro_batch_size": 2, "max_steps": 2,
+        "learning_rate": 1e-2, "sequence_len": 128, "bf16": False, "generate_samples": False,
+    }  # fmt: skip
+    values |= {} if kind in ("ia3", "fourierft") else {"lora_r": 4}
+    values |= {"lora_alpha": 8} if kind == "lora" else {}
+    row = {"instruction": "Name a colour.", "output": "Red is one."}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    (tmp_path / "c.yml").write_text(yaml.safe_dump(values))
+    for verb in (["train", "c.yml", "--launcher", "python"], ["merge-lora", "c.yml"]):
+        done = axolotl(*verb, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "same top token 100.00 %" in done.stderr
 
 
 @pytest.mark.slow

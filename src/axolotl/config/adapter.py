@@ -58,7 +58,7 @@ class AdapterSection(Section):
     title: ClassVar[str] = "Adapter"
 
     adapter: Text | None = None
-    """Kind of adapter: lora or qlora. Unset trains the whole model."""
+    """Kind of adapter: lora, qlora, or another that PEFT has, such as vera, oft, ia3. Unset trains the whole model."""
     lora_model_dir: Text | None = None
     """Folder of an adapter to continue with, or to use for inference and merging."""
     lora_r: PositiveInt | None = None

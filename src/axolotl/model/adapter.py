@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from axolotl.console import note
-from axolotl.errors import ModelError, Problem
+from axolotl.errors import EnvironmentProblem, ModelError, Problem
 from axolotl.model.adapter_files import adapter_config, check_adapter_fits, unreadable_pickle
 from axolotl.model.embeddings import embedding_rows, resize_embeddings, rows_in_adapter
 from axolotl.model.files import ADAPTER_WEIGHTS
@@ -192,6 +192,10 @@ def build_config(
             )
     try:
         return cls(**options)
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"PEFT needs a package for the adapter's options: {error}", "Install it, or remove the option."
+        ) from error
     except (ValueError, TypeError) as error:
         raise ModelError(
             f"PEFT refuses the adapter's options: {error}", "Correct the key that it names."

@@ -20,13 +20,15 @@ from axolotl.errors import Problem
 from axolotl.optim.registry import optimizers, schedules
 from axolotl.registry import PACKAGE_ROOT, Registry
 
-ADAPTERS = ("lora", "qlora")
+# The others go through PEFT by name; each of them was trained and merged.
+# The others go through PEFT by name; each of them was trained and merged.
+ADAPTERS = (
+    "lora", "qlora", "fourierft", "hra", "ia3", "loha", "lokr", "miss", "oft", "randlora", "road", "shira", "vera",
+)  # fmt: skip
 # Kinds of adapters that files carry, and what serves instead.
 ADAPTERS_LATER = {
     "llama-adapter": "Use `adapter: lora`.",
     "mora": "Use `adapter: lora`.",
-    "oft": "Use `adapter: lora`.",
-    "ia3": "Use `adapter: lora`.",
 }
 ADAPTER_FLAGS = {
     "dora": "Write `adapter: lora` and `peft_use_dora: true`.",
@@ -153,7 +155,7 @@ def _adapter(cfg: Config, all_known: bool) -> Iterator[Problem]:
         message = f"`adapter: {name}` is known, but not available yet."
         yield cfg.problem(message, ADAPTERS_LATER[name], "adapter", kind="unavailable")
     elif name in ADAPTER_FLAGS:
-        known = " or ".join(f"`{each}`" for each in ADAPTERS)
+        known = " or ".join(f"`{each}`" for each in ADAPTERS[:2])
         yield cfg.problem(f"`adapter` is `{name}`; it takes {known}.", ADAPTER_FLAGS[name], "adapter")
     elif all_known:
         yield _unknown(cfg, "adapter", name, ADAPTERS)

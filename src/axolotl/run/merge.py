@@ -34,6 +34,12 @@ def merge(cfg: Config, *, destination: Path | None = None, base: str = "full") -
             "Leave `base_model` as it was in training, or name another adapter: --lora-model-dir DIR.",
             cfg.place("base_model"),
         )
+    if found.model is not None:
+        raise ModelError(
+            f"`{found.model}` holds a whole model, trained without an adapter: there is nothing to merge.",
+            "Use it as it is, or name an adapter: --lora-model-dir DIR.",
+            cfg.place("output_dir"),
+        )
     if found.adapter is None:
         raise ModelError(
             f"there is no trained adapter in `{cfg.output.output_dir}`.",
