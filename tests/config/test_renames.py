@@ -181,9 +181,44 @@ def test_a_sharegpt_entry_of_unknown_layout_asks_for_it(
     assert "chat_template" in problem.remedy
 
 
-def test_the_layouts_of_old_are_templates_of_today() -> None:
-    templates = Path(axolotl.__file__).parent / "data" / "templates"
-    assert {name for name in LAYOUTS.values() if not (templates / f"{name}.jinja").is_file()} == set()
+@pytest.mark.parametrize(
+    ("layout", "bos", "text"),
+    [
+        ("chatml", "", "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"),
+        ("gemma", "<bos>", "<start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\nb<end_of_turn>\n"),
+        (
+            "llama-3",
+            "<|begin_of_text|>",
+            "<|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|>",
+        ),
+        # SentencePiece puts the blank there by itself.
+        ("mistral", "<s>", " [INST] a [/INST] b</s>"),
+    ],
+)
+def test_the_layouts_of_old_are_laid_out_so_today(layout: str, bos: str, text: str) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    laid = axolotl.render_chat_template(LAYOUTS[layout], turns, bos_token=bos, eos_token="</s>")
+    assert laid == bos + text
+
+
+def test_a_sharegpt_entry_names_who_asks_and_who_answers(tmp_path: Path) -> None:
+    text = (
+        "datasets:\n  - path: a\n    type: sharegpt\n    conversation: chatml\n"
+        "    roles: {input: [bob, human], output: [alice]}\n    field_model: carol"
+    )
+    cfg = load(text, tmp_path, TWO)
+    [entry] = cfg.data.datasets or []
+    assert entry.roles == {
+        "user": ["bob", "human", "user"],
+        "assistant": ["alice", "carol", "gpt", "assistant"],
+        "system": ["system"],
+    }
+    [warning] = cfg.warnings
+    assert "assistant: [alice, carol, gpt, assistant]" in warning.message
+    today = text.replace("{input: [bob, human], output: [alice]}\n    field_model: carol", "{user: [bob]}")
+    [entry] = load(today, tmp_path, TWO).data.datasets or []
+    assert entry.roles == {"user": ["bob"]}
 
 
 def test_options_of_bitsandbytes_at_the_top_level(tmp_path: Path) -> None:
