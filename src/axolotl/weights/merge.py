@@ -36,8 +36,8 @@ from axolotl.weights.folder import (
 )
 from axolotl.weights.quantized_base import round_trip, rounding_of_training
 from axolotl.weights.skeleton import NotLayerwiseError, Skeleton, why_not_layerwise
-from axolotl.weights.stream import Written, main_dtype, write_merged
-from axolotl.weights.tensors import DTYPES
+from axolotl.weights.stream import Written, main_dtype, refuse_not_finite, write_merged
+from axolotl.weights.tensors import DTYPES, not_finite
 from axolotl.weights.verify import Check, Models, default_rows, verify_merge
 
 if TYPE_CHECKING:
@@ -285,6 +285,8 @@ def _in_memory(job: _Job, part: Path) -> Written:
             f"PEFT cannot merge this adapter: {(str(error).splitlines() or [_kind(job.peft_config)])[0]}",
             "Use it unmerged: axolotl inference --lora-model-dir ...",
         ) from error
+    for name, tensor in merged.state_dict().items():
+        refuse_not_finite(name, tensor.dtype, not_finite(tensor))
     # In the original format an unpacked model would get the names, though not the numbers, of packed weights.
     own_names = {} if job.unpacking is None else {"save_original_format": False}
     merged.save_pretrained(part, max_shard_size="5GB", **own_names)

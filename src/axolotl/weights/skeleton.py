@@ -31,6 +31,7 @@ from axolotl.model.embeddings import mean_row
 from axolotl.model.files import ADAPTER_WEIGHTS
 from axolotl.weights.deferred import DeferredAdapter
 from axolotl.weights.shell import Shell, is_placeholder
+from axolotl.weights.tensors import not_finite
 
 # Kinds whose layers merge on their own; the others go through PEFT with the whole model in memory.
 _LAYERWISE = frozenset(
@@ -76,14 +77,18 @@ class LowRank:
         """Rows of a block."""
         return max(1, _BLOCK // self.a_RI.shape[1])
 
-    def adder(self, check: bool) -> Callable[[int, torch.Tensor], tuple[float, float]]:
-        """`add(first_row, block)` changes the block; it returns (difference from base and adapter, largest output)."""
+    def adder(self, check: bool) -> Callable[[int, torch.Tensor], tuple[float, float, int]]:
+        """`add(first_row, block)` changes the block; it returns (difference from base and adapter, largest output, numbers
+        that are not finite).
+
+        Every block is looked at for the last; one of eight is compared for the first two, the others give zeros.
+        """
         x_NI = torch.randn(4, self.a_RI.shape[1], generator=torch.Generator().manual_seed(0))
         low_NR = x_NI @ self.a_RI.T
         scratch = threading.local()
 
         @torch.inference_mode()
-        def add(row: int, block: torch.Tensor) -> tuple[float, float]:
+        def add(row: int, block: torch.Tensor) -> tuple[float, float, int]:
             b = self.b_OR[row : row + block.shape[0]]
             if not hasattr(scratch, "full"):
                 scratch.full = torch.empty(self.rows, self.a_RI.shape[1])
@@ -91,10 +96,11 @@ class LowRank:
             checked = check and row // self.rows % _CHECKED_BLOCKS == 0
             before = torch.addmm(low_NR @ b.T, x_NI, full.T) if checked else None
             block.copy_(full.addmm_(b, self.a_RI))
+            bad = not_finite(block)
             if before is None:
-                return 0.0, 0.0
+                return 0.0, 0.0, bad
             after = x_NI @ full.copy_(block).T
-            return float((after - before).abs().max()), float(before.abs().max())
+            return float((after - before).abs().max()), float(before.abs().max()), bad
 
         return add
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from axolotl.errors import ModelError
 from axolotl.model.files import WEIGHTS_INDEX, TensorEntry, WeightFiles
 from axolotl.weights.shell import Shell
 from axolotl.weights.skeleton import Change, Computed, NotLayerwiseError, ReadTensor, Skeleton, resized
-from axolotl.weights.tensors import DTYPES, ShardWriter, Spec, make_index, read_tensor
+from axolotl.weights.tensors import DTYPES, ShardWriter, Spec, larger, make_index, not_finite, read_tensor
 
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -97,8 +98,8 @@ def write_merged(
     """Writes the merged weights to `destination`, in the same files as the base model.
 
     `transform` is applied to every linear layer of the base first. `check`: compare each merged layer with base layer
-    and adapter. Raises ModelError where the adapter changes no tensor, NotLayerwiseError where it has to be merged as a
-    whole.
+    and adapter. Raises ModelError where the adapter changes no tensor or makes a number infinite or NaN,
+    NotLayerwiseError where it has to be merged as a whole.
     """
     source = Source(files, skeleton, rows, transform)
     changes = {name: change for change in skeleton.changes() for name in change.names}
@@ -176,7 +177,7 @@ def _write(
         if shard == list(files.shards)[-1]:
             planned |= {n: Spec(_planned_dtype(n, source, main), skeleton.shapes[n]) for n in extra}
         layout[shard] = list(planned)
-        found_later: dict[str, Callable[[], list[tuple[float, float]]]] = {}
+        found_later: dict[str, Callable[[], list[tuple[float, float, int]]]] = {}
         with ShardWriter(destination / shard, planned, files.metadata[shard]) as writer:
             for key, spec in planned.items():
                 name = name_of.get(key, key)
@@ -188,25 +189,29 @@ def _write(
                 change = changes[name]
                 if change.low_rank is not None and source.as_stored(name):
                     low_rank = change.low_rank()
-                    found = writer.rewrite(
+                    found_later[name] = writer.rewrite(
                         key,
                         files.folder / shard,
                         files.shards[shard][key],
                         low_rank.adder(check),
                         low_rank.rows,
                     )
-                    if check:
-                        found_later[name] = found
                     continue
                 if name not in ready:
                     dtypes = {n: DTYPES[_planned_dtype(n, source, main)] for n in change.names}
                     values, moved = change.compute(source.read, dtypes, check)
                     ready.update({n: v for n, v in values.items() if changes.get(n) is change})
                     worst = _worse(worst, name, moved)
-                writer.write(key, ready.pop(name))
+                merged = ready.pop(name)
+                refuse_not_finite(name, merged.dtype, not_finite(merged))
+                writer.write(key, merged)
         for name, found in found_later.items():
-            difference, largest = (max(values) for values in zip(*found(), strict=True))
-            worst = _worse(worst, name, difference / max(largest, 1e-12))
+            differences, outputs, bad = zip(*found(), strict=True)
+            refuse_not_finite(name, DTYPES[planned[source.key_of[name]].dtype], sum(bad))
+            if check:
+                worst = _worse(
+                    worst, name, reduce(larger, differences) / larger(1e-12, reduce(larger, outputs))
+                )
     if files.index is not None:
         index = make_index(layout, total, parameters)
         (destination / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -215,9 +220,20 @@ def _write(
 
 
 def _worse(worst: tuple[str, float] | None, name: str, difference: float | None) -> tuple[str, float] | None:
-    if difference is None or (worst is not None and worst[1] >= difference):
+    if difference is None or (worst is not None and (math.isnan(worst[1]) or worst[1] >= difference)):
         return worst
     return name, difference
+
+
+def refuse_not_finite(name: str, dtype: torch.dtype, count: int) -> None:
+    """Raises ModelError where merging made `count` numbers of a tensor infinite or NaN."""
+    if count:
+        raise ModelError(
+            f"The merged `{name}` would hold {count:,} numbers that are infinite or NaN in "
+            f"{str(dtype).removeprefix('torch.')}.",
+            "The adapter's numbers are too large for it, as after a run that diverged: merge an earlier checkpoint"
+            + (", or into the base model in bfloat16." if dtype == torch.float16 else "."),
+        )
 
 
 def _planned_dtype(name: str, source: Source, main: str) -> str:

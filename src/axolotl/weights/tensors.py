@@ -216,6 +216,22 @@ class ShardWriter:
         return lambda: [each for piece in pieces for each in piece.result()]
 
 
+def not_finite(tensor: torch.Tensor) -> int:
+    """How many numbers of a tensor are infinite or NaN."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return 0
+    wide = tensor if tensor.element_size() > 1 else tensor.float()
+    # A sum takes one pass and no mask; it is not finite where one of its numbers is not.
+    if math.isfinite(float(wide.sum(dtype=torch.float64 if wide.element_size() == 8 else torch.float32))):
+        return 0
+    return int((~wide.isfinite()).sum())
+
+
+def larger(a: float, b: float) -> float:
+    """The greater of two; NaN where one is, which `max` may drop."""
+    return b if math.isnan(b) or b > a else a
+
+
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     data: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(data)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from axolotl.weights.layerwise import largest_part, logits_by_layers
 from axolotl.weights.shell import Shell
 from axolotl.weights.skeleton import NotLayerwiseError, Skeleton
 from axolotl.weights.stream import Source, Written
+from axolotl.weights.tensors import larger
 
 # Logits that differ by less than one step of bfloat16 are a tie.
 _BF16_STEP = 2.0**-7
@@ -59,6 +61,8 @@ class Verification:
 
     @property
     def passed(self) -> bool:
+        if not (math.isfinite(self.max_difference) and math.isfinite(self.kl)):
+            return False
         if self.dtype == "float32":
             return self.max_difference <= MAX_DIFFERENCE_FP32
         return self.kl <= MAX_KL and self.argmax >= MIN_ARGMAX
@@ -68,7 +72,7 @@ class Verification:
 
     def __str__(self) -> str:
         return (
-            f"{self.pair}: max |Δlogit| {self.max_difference:.2e}, KL {max(self.kl, 0.0):.2e}, same top token "
+            f"{self.pair}: max |Δlogit| {self.max_difference:.2e}, KL {larger(0.0, self.kl):.2e}, same top token "
             f"{100 * self.argmax:.2f} % of {self.tokens} tokens"
         )
 
@@ -259,7 +263,7 @@ def compare(
     for ours_NV, theirs_NV in zip(reference, other, strict=True):
         width = min(ours_NV.shape[1], theirs_NV.shape[1])
         a_NV, b_NV = ours_NV[:, :width], theirs_NV[:, :width]
-        difference = max(difference, float((a_NV - b_NV).abs().max()))
+        difference = larger(difference, float((a_NV - b_NV).abs().max()))
         log_a, log_b = a_NV.double().log_softmax(-1), b_NV.double().log_softmax(-1)
         kl += float((log_a.exp() * (log_a - log_b)).sum())
         top = a_NV.max(-1).values
