@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl.errors import ModelError
+from axolotl.model.files import read_header
 from axolotl.weights import stream, verify
 from axolotl.weights.merge import merge
 from trained import LLAMA, lora, section, train
@@ -49,3 +50,34 @@ def test_an_overflow_of_one_row_is_refused(
         with pytest.raises(ModelError, match=r"`model\.layers.*would hold [\d,]+ numbers that are infinite"):
             merge(section(str(base)), lora(**adapter), folder, tmp_path / "merged", verify=way)  # type: ignore[arg-type]
         assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "what"), [({}, "copied"), ({}, "blocks"), ({"peft_use_dora": True}, "computed")]
+)
+def test_a_file_that_lost_what_was_written_is_found_without_rows(
+    adapter: dict[str, Any], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.bfloat16).save_pretrained(base)
+    AutoTokenizer.from_pretrained(LLAMA).save_pretrained(base)
+    folder = train(tmp_path / "adapter", LLAMA, lora(**adapter))
+    report = merge(section(str(base)), lora(**adapter), folder, tmp_path / "merged", verify="layers")
+    assert report.checks[0].passed
+    lost = "model.embed_tokens.weight" if what == "copied" else "model.layers.2.self_attn.q_proj.weight"
+    right = stream._write
+
+    def losing(source: Any, changes: Any, destination: Path, *more: Any) -> Any:
+        written = right(source, changes, destination, *more)
+        if len(more) == 3:  # as it is written
+            file = destination / "model.safetensors"
+            entry = read_header(file)[0][lost]
+            with file.open("r+b") as out:
+                out.seek(entry.end - 512)
+                out.write(bytes(512))
+        return written
+
+    monkeypatch.setattr(stream, "_write", losing)
+    with pytest.raises(ModelError, match=f"`{lost}` is another tensor when it is read back"):
+        merge(section(str(base)), lora(**adapter), folder, tmp_path / "other", verify="layers")
+    assert not (tmp_path / "other").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from axolotl.console import note
 from axolotl.errors import ModelError
 from axolotl.model.files import WEIGHTS_INDEX, TensorEntry, WeightFiles
+from axolotl.weights.reread import ShardReader
 from axolotl.weights.shell import Shell
 from axolotl.weights.skeleton import Change, Computed, NotLayerwiseError, ReadTensor, Skeleton, resized
 from axolotl.weights.tensors import DTYPES, ShardWriter, Spec, larger, make_index, not_finite, read_tensor
@@ -32,6 +33,8 @@ class Written:
     tied: bool
     worst_layer: tuple[str, float] | None = None
     """The module whose output merging moved most, relative to its largest output, where that was computed."""
+    reread: Callable[[], object] | None = field(default=None, compare=False, repr=False)
+    """Reads every tensor back and holds it against base and adapter. Raises ModelError for one that is another."""
 
 
 class Source:
@@ -114,7 +117,11 @@ def write_merged(
         round_again = transform is not None and name in skeleton.linear_names
         if name not in changes and (resize or round_again):
             changes[name] = source.unchanged(name)
-    return _write(source, changes, destination, tied, by_adapter, check)
+    written = _write(source, changes, destination, tied, by_adapter, check)
+    return replace(
+        written,
+        reread=lambda: _write(source, changes, destination, tied, by_adapter, False, ShardReader),
+    )
 
 
 def _settle_tied_head(skeleton: Skeleton, source: Source, changes: dict[str, Change]) -> bool:
@@ -155,8 +162,15 @@ def _same(first: Change, head: Change, source: Source) -> bool:
 
 
 def _write(
-    source: Source, changes: dict[str, Change], destination: Path, tied: bool, by_adapter: int, check: bool
+    source: Source,
+    changes: dict[str, Change],
+    destination: Path,
+    tied: bool,
+    by_adapter: int,
+    check: bool,
+    through: type[ShardWriter] | type[ShardReader] = ShardWriter,
 ) -> Written:
+    """Computes all tensors, and writes them; or, through a `ShardReader`, compares them with what was written."""
     files, skeleton = source.files, source.skeleton
     name_of = {key: name for name, key in source.key_of.items()}
     extra = [n for n in changes if n not in source.key_of]
@@ -178,7 +192,7 @@ def _write(
             planned |= {n: Spec(_planned_dtype(n, source, main), skeleton.shapes[n]) for n in extra}
         layout[shard] = list(planned)
         found_later: dict[str, Callable[[], list[tuple[float, float, int]]]] = {}
-        with ShardWriter(destination / shard, planned, files.metadata[shard]) as writer:
+        with through(destination / shard, planned, files.metadata[shard]) as writer:
             for key, spec in planned.items():
                 name = name_of.get(key, key)
                 total += spec.nbytes
@@ -212,7 +226,7 @@ def _write(
                 worst = _worse(
                     worst, name, reduce(larger, differences) / larger(1e-12, reduce(larger, outputs))
                 )
-    if files.index is not None:
+    if files.index is not None and through is ShardWriter:
         index = make_index(layout, total, parameters)
         (destination / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     dtype = str(DTYPES[main]).removeprefix("torch.")

@@ -182,6 +182,8 @@ def verify_merge(
         )
         return []
     if way == "layers":
+        if written.reread is not None:
+            written.reread()
         return [LayerCheck(*written.worst_layer, written.dtype)] if written.worst_layer else []
     rows = [list(r)[: 64 if way == "by layers" else 128] for r in rows if len(r) > 1][:4]
     if not rows:
