@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,54 @@ def test_wrong_uses(
     assert (
         out.startswith(f"python convert_hf_to_gguf.py {LLAMA} --outfile ") and not (tmp_path / "out").exists()
     )
+
+
+def test_where_no_file_can_be_is_told(tmp_path: Path) -> None:
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text("raise SystemExit('not reached')")
+    (tmp_path / "plain").write_text("a file")
+    for name in ("plain/a.gguf", "plain/b/a.gguf", f"{'n' * 249}.gguf"):
+        with pytest.raises(EnvironmentProblem, match="cannot be written"):
+            convert(script, LLAMA, tmp_path / name, "f32")
+
+
+def test_an_earlier_file_stays_until_the_new_one_is_looked_at(tmp_path: Path) -> None:
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1]).write_text('a new one')\n"
+    )
+    file = tmp_path / "a.gguf"
+    file.write_text("an earlier one")
+
+    def look(part: Path) -> str:
+        assert file.read_text() == "an earlier one"
+        return part.read_text()
+
+    def refuse(part: Path) -> None:
+        raise ModelError("wrong", "")
+
+    with pytest.raises(ModelError, match="wrong"):
+        convert(script, LLAMA, file, "f32", refuse)
+    assert file.read_text() == "an earlier one" and not (tmp_path / ".a.gguf.partial").exists()
+    assert convert(script, LLAMA, file, "f32", look) == "a new one"
+    assert file.read_text() == "a new one"
+
+
+@pytest.mark.extras
+def test_a_tensor_that_is_nan_and_a_damaged_file_are_refused(tmp_path: Path) -> None:
+    base = model_of_a_known_kind(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    bad = tmp_path / "bad"
+    shutil.copytree(base, bad)
+    model = LlamaForCausalLM.from_pretrained(bad)
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(bad)
+    file = tmp_path / "a.gguf"
+    convert(find_converter(None), bad, file, "f32")
+    with pytest.raises(ModelError, match="a tensor lies inf from"):
+        look_at(file, base, "f32", tokenizer, [2], free_memory=2**40)
+    for damage in (b"GGUF", b"nothing", (tmp_path / "a.gguf.wrong").read_bytes()[:2000]):
+        file.write_bytes(damage)
+        with pytest.raises(ModelError, match=r"cannot be read as a GGUF file|is not what"):
+            look_at(file, base, "f32", tokenizer, [2], free_memory=2**40, named=tmp_path / "named.gguf")

