@@ -18,7 +18,6 @@ from axolotl.cli.main import cli
         ("merge-lora", "--ouput", "`--output`"),
         ("train", "--launchr", "`--launcher`"),
         ("train", "--lora-rr", "`--lora-r`"),
-        ("train", "--promt", "`--port` inside `--vllm`"),
     ],
 )
 def test_a_misspelt_option_of_the_verb_is_told_before_far_keys(

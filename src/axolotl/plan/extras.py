@@ -31,6 +31,7 @@ UNLOCKS: Mapping[str, tuple[str, str]] = {
     "gcs": ("gcsfs", "datasets from Google Cloud"),
     "azure": ("adlfs", "datasets from Azure"),
     "oci": ("ocifs", "datasets from Oracle Cloud"),
+    "gguf": ("gguf", "`axolotl export`: the finished model as one file for llama.cpp"),
     "lm-eval": ("lm_eval", "benchmarks of lm-evaluation-harness"),
     "vllm": ("vllm", "fast generation for reinforcement learning"),
     "mistral": ("mistral_common", "Mistral's own tokenizer"),
