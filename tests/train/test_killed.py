@@ -59,3 +59,15 @@ def test_somebody_elses_kill_is_not_put_down_to_memory(run: Path, capfd: pytest.
     killed.tell_killed(run)
     told = capfd.readouterr().err
     assert "somebody killed it" in told and "AX1405" not in told
+
+
+def test_the_checkpoint_from_which_the_killed_run_can_go_on_is_named(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for step in (60, 110):
+        (run / f"checkpoint-{step}").mkdir()
+    write_json(run / "checkpoint-60" / "trainer_state.json", {})
+    killed.tell_killed(run)
+    assert "`--auto-resume-from-checkpoints` it would go on from checkpoint-60" in capfd.readouterr().err
+    killed.tell_killed(run, resumes=True)
+    assert "checkpoint-60" not in capfd.readouterr().err

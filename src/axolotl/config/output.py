@@ -34,5 +34,5 @@ class OutputSection(Section):
     """Randomness of the answers on the page."""
     strict: bool = False
     """Refuse what would otherwise be replaced with a word in the log, such as an attention that is not installed."""
-    export: dict[str, Any] | None = later("export to GGUF")
+    export: dict[str, Any] | None = later("export by a key")
     """File for llama.cpp: name, number type, where llama.cpp lies."""

@@ -26,7 +26,7 @@ _WITHOUT = {
     "multimodal training": "Delete the line to train on the text alone, with rows that hold no images or sound.",
     "training on unprepared rows": "Delete the line: rows are prepared before they are trained.",
     "ring and Ulysses attention": "Write `context_parallel_size:` with the number of devices that share a row.",
-    "export to GGUF": "Delete the line; llama.cpp's `convert_hf_to_gguf.py` reads what training and merging save.",
+    "export by a key": "Delete the line; `axolotl export config.yml` writes the finished model as GGUF.",
     "distillation": "Nothing takes its place: without it the rows alone are learned, not the teacher.",
 }
 

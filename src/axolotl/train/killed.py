@@ -12,7 +12,7 @@ from typing import Any
 from axolotl.config.host import oom_kills
 from axolotl.console import show_problem
 from axolotl.errors import Problem
-from axolotl.train.checkpoint import RUN, read_json, write_json
+from axolotl.train.checkpoint import RUN, damage, list_checkpoints, read_json, write_json
 
 _RUNS = "running"
 
@@ -30,8 +30,11 @@ def leaves(output_dir: Path) -> None:
             write_json(output_dir / RUN, run)
 
 
-def tell_killed(output_dir: Path) -> None:
-    """Tells of a run in this folder that ended without a word. Nothing is said where it still goes on."""
+def tell_killed(output_dir: Path, *, resumes: bool = False) -> None:
+    """Tells of a run in this folder that ended without a word. Nothing is said where it still goes on.
+
+    `resumes`: this run goes on from a checkpoint, so nobody has to be told that it could.
+    """
     was = read_json(output_dir / RUN).get(_RUNS)
     if not isinstance(was, dict):
         return
@@ -49,10 +52,18 @@ def tell_killed(output_dir: Path) -> None:
     step = _last_step(output_dir / "run.jsonl")
     after = f" after step {step}" if step else ""
     memory = risen > 0 or not same
+    advice = []
+    whole = next((each for each in list_checkpoints(output_dir) if not damage(each, thorough=False)), None)
+    if whole is not None and not resumes:
+        advice.append(
+            f"This run begins anew; with `--auto-resume-from-checkpoints` it would go on from {whole.name}."
+        )
+    if memory:
+        advice.append("Where memory was short: more RAM, `dataset_num_proc: 1`, or a smaller model.")
     show_problem(
         Problem(
             f"The last run in {output_dir} ended without a word{after}: {why}.",
-            "Where memory was short: more RAM, `dataset_num_proc: 1`, or a smaller model." if memory else "",
+            " ".join(advice),
             "warning",
             code="AX1405" if memory else "",
         )

@@ -94,8 +94,8 @@ def resume_point(cfg: Config) -> ResumePoint:
     Raises CheckpointError for a checkpoint that is missing or damaged.
     """
     output_dir = Path(cfg.output.output_dir)
-    tell_killed(output_dir)
     resume, auto = cfg.train.resume_from_checkpoint, cfg.train.auto_resume_from_checkpoints
+    tell_killed(output_dir, resumes=bool(resume or auto) or restarted(output_dir))
     if restarted(output_dir):
         note(f"Started again by the launcher after a failure: going on with the run in {output_dir}.")
         resume, auto = None, True
