@@ -18,7 +18,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
-from axolotl.config.host import disk_free, oom_kills, ram
+from axolotl.config.host import disk_free, memory_stalls, oom_kills, ram
 from axolotl.distributed.world import detect_hardware
 from axolotl.plan import machine
 from axolotl.plan.extras import BAD_PAIRS, UNLOCKS, bad_pairs
@@ -333,6 +333,53 @@ def test_memory_within_the_limits_of_an_old_container(tmp_path: Path) -> None:
     assert (now.total, now.free, now.limit) == (400000, 50000, "container")
     assert oom_kills(tmp_path) == 3
     assert disk_free(tmp_path / "not" / "there") > 0
+
+
+def test_the_kernels_lists_of_files_are_no_shortage(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    stat = "anon 300000\nslab_reclaimable 190000\nslab_unreclaimable 5000\n"
+    group(tmp_path, "", memory__max="500000", memory__current="499000", memory__stat=stat)
+    assert ram(tmp_path).free == 191000 and not ram(tmp_path).gone
+
+
+def test_swap_is_what_every_group_allows(tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\nSwapFree: 700 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("0::/a/b\n")
+    group(
+        tmp_path,
+        "a",
+        memory__max="max",
+        memory__current="1",
+        memory__swap__max="0",
+        memory__swap__current="0",
+    )
+    group(tmp_path, "a/b", memory__max="500000", memory__current="1", memory__swap__max="max")
+    assert (ram(tmp_path).total, ram(tmp_path).swap) == (500000, 0)
+    old = "memory__limit_in_bytes", "memory__usage_in_bytes", "memory__memsw__limit_in_bytes"
+    for together, used, left in (
+        ("500000", "400000", 0),
+        ("600000", "420000", 80000),
+        ("9" * 19, "1", 716800),
+    ):
+        (tmp_path / "proc/self/cgroup").write_text("5:memory:/\n")
+        values = dict(zip(old, ("500000", "400000", together), strict=True))
+        group(tmp_path, "memory", **values, memory__memsw__usage_in_bytes=used)
+        assert ram(tmp_path).swap == left
+
+
+def test_stalls_are_those_of_the_own_group(tmp_path: Path) -> None:
+    assert memory_stalls(tmp_path) is None
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/pressure").mkdir()
+    line = "some avg10=0.00 avg60=0.00 avg300=0.00 total=%d\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=7\n"
+    (tmp_path / "proc/pressure/memory").write_text(line % 2_500_000)
+    (tmp_path / "proc/self/cgroup").write_text("0::/job\n")
+    assert memory_stalls(tmp_path) == 2.5
+    group(tmp_path, "job", memory__pressure=line % 1_000_000)
+    assert memory_stalls(tmp_path) == 1.0
 
 
 def test_what_is_pasted_names_nobody() -> None:

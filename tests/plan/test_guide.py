@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +155,36 @@ def test_memory_that_runs_short_is_told_before_its_end(capfd: pytest.CaptureFixt
     told = capfd.readouterr().err
     assert told.count("[AX1405]") == 1
     assert "while the data is prepared" in told and "0.1 GiB of the container's 10.0 GiB" in told
+
+
+@pytest.mark.parametrize(
+    ("left", "stalled", "ends"),
+    [
+        ([100 << 20] * 9, [None] * 9, False),  # little, and enough
+        ([100 << 20, 50 << 20, 1 << 20, 0], [None] * 4, True),
+        ([100 << 20, 50 << 20, 9 << 30, 50 << 20, 9 << 30], [None] * 5, False),
+        ([100 << 20, 50 << 20, 1 << 20, 0], [3.0] * 4, False),  # files give way without a wait
+        ([100 << 20] * 4, [3.0, 4.0, 5.0, 6.0], True),
+    ],
+)
+def test_a_run_that_gets_along_with_little_is_not_ended(
+    left: list[int], stalled: list[float | None], ends: bool
+) -> None:
+    looks, waits, ended = iter(left), iter(stalled), threading.Event()
+    over = threading.Event()
+
+    def look() -> Ram:
+        now = next(looks, None)
+        if now is None:
+            over.set()
+        return Ram(16 << 30, 9 << 30 if now is None else now, "container")
+
+    with within_ram(
+        "while it is tried", look, 0.01, end=lambda _: ended.set(), stalls=lambda: next(waits, None)
+    ):
+        while not over.is_set() and not ended.is_set():
+            time.sleep(0.01)
+    assert ended.is_set() == ends
 
 
 def test_exit_codes_in_words() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 try:
@@ -56,6 +58,10 @@ def ram(root: Path = Path("/")) -> Ram:
             found = Ram(limit, min(found.free or _UNLIMITED, max(0, limit - used)), "container", swap)
         elif limit < _UNLIMITED:
             found = Ram(found.total, min(found.free, max(0, limit - used)), found.limit, swap)
+        else:
+            found = replace(
+                found, swap=swap
+            )  # a group may forbid swap and leave memory to the groups below it
     return found
 
 
@@ -80,6 +86,20 @@ def _by_sysconf() -> tuple[int, int, int]:
 def _groups(root: Path) -> list[tuple[int, int, int]]:
     """(limit, memory in use that cannot be given back, swap left) of each control group of this process, both versions."""
     found = []
+    for folder, old in _folders(root):
+        limit_file, used_file = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes") if old else ("memory.max", "memory.current")
+        )
+        limit, used = _number(folder / limit_file), _number(folder / used_file)
+        if limit is not None and used is not None:
+            left = _swap_left_old(folder, limit, used) if old else _swap_left(folder)
+            found.append((limit, max(0, used - _given_back(folder, old)), left))
+    return found
+
+
+def _folders(root: Path) -> Iterator[tuple[Path, bool]]:
+    """The folders of the control groups of this process that watch over memory, the innermost first; whether the first
+    version."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -89,26 +109,24 @@ def _groups(root: Path) -> list[tuple[int, int, int]]:
         if controllers and "memory" not in controllers.split(","):
             continue
         base = root / "sys/fs/cgroup" / ("memory" if controllers else "")
-        # Files that were read, weights among them, are dropped before anything is ended: those in use too.
-        limit_file, used_file, cached = (
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
-            if controllers
-            else ("memory.max", "memory.current", ("inactive_file", "active_file"))
-        )
         # Inside a container its own group is mounted as the root, whatever path the kernel names.
         folders = [base / path.lstrip("/"), *(base / path.lstrip("/")).parents]
         for folder in dict.fromkeys([*(f for f in folders if base in (f, *f.parents)), base]):
-            limit, used = _number(folder / limit_file), _number(folder / used_file)
-            if limit is not None and used is not None:
-                used = max(0, used - _cached(folder / "memory.stat", cached))
-                found.append((limit, used, _swap_left(folder)))
-    return found
+            yield folder, bool(controllers)
 
 
 def _swap_left(folder: Path) -> int:
     """Bytes of swap that a control group may still use; without limit where it does not say."""
     limit, used = _number(folder / "memory.swap.max"), _number(folder / "memory.swap.current")
     return _UNLIMITED if limit is None or used is None else max(0, limit - used)
+
+
+def _swap_left_old(folder: Path, memory: int, in_memory: int) -> int:
+    """The same for the first version, whose limit is that of memory and swap together."""
+    limit, used = (_number(folder / f"memory.memsw.{name}_in_bytes") for name in ("limit", "usage"))
+    if limit is None or used is None or limit >= _UNLIMITED:
+        return _UNLIMITED
+    return max(0, (limit - used) - max(0, memory - in_memory))
 
 
 def _number(file: Path) -> int | None:
@@ -119,8 +137,17 @@ def _number(file: Path) -> int | None:
     return _UNLIMITED if text == "max" else min(int(text), _UNLIMITED) if text.isdigit() else None
 
 
-def _cached(file: Path, keys: tuple[str, ...]) -> int:
-    """Bytes of files that the kernel keeps and drops when memory is asked for."""
+def _given_back(folder: Path, old: bool) -> int:
+    """Bytes that the kernel drops before it ends anything: files that were read (weights among them, those in use too)
+    and its own lists of files."""
+    if old:
+        # The first version does not say how much of the kernel's own memory are such lists; mostly it is they.
+        lists = _number(folder / "memory.kmem.usage_in_bytes") or 0
+        return lists + _sum_of(folder / "memory.stat", ("total_inactive_file", "total_active_file"))
+    return _sum_of(folder / "memory.stat", ("inactive_file", "active_file", "slab_reclaimable"))
+
+
+def _sum_of(file: Path, keys: tuple[str, ...]) -> int:
     found = 0
     try:
         for line in file.read_text().splitlines():
@@ -130,6 +157,22 @@ def _cached(file: Path, keys: tuple[str, ...]) -> int:
     except OSError:
         pass
     return found
+
+
+def memory_stalls(root: Path = Path("/")) -> float | None:
+    """Seconds in which anything in this process's control group (else in the machine) has waited for memory, since it
+    began; None where the kernel does not count them."""
+    for file in (
+        *(f / "memory.pressure" for f, old in _folders(root) if not old),
+        root / "proc/pressure/memory",
+    ):
+        try:
+            found = re.search(r"^some .*total=(\d+)", file.read_text(), re.MULTILINE)
+        except OSError:
+            continue
+        if found is not None:
+            return int(found[1]) / 1e6
+    return None
 
 
 def bytes_as_gib(count: int) -> str:
