@@ -82,6 +82,7 @@ def test_what_was_told_is_told_again_of_rows_that_are_there_already(tmp_path: Pa
         "2 blank lines skipped",
         "c.yml:eot_tokens: warning: the chat template `gemma` never writes `<|eot_id|>`",
         "`<start_of_turn>`, which this tokenizer does not know",
+        "Answers end with such, `<end_of_turn>`: generation does not stop there.",
     ):
         assert expected in "\n".join(told[0])
 

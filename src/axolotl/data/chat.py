@@ -225,11 +225,14 @@ class ChatRenderer:
         unknown = sorted(
             {m for m in _CONTROL_LIKE.findall(self._literal()) if vocabulary.token_to_id(m) is None}
         )
+        text = self.probe.text[slice(*stop)] if stop is not None and self.probe is not None else ""
+        ends = next((u for u in unknown if u in text), "")
         if unknown:
             found.append(
                 Problem(
                     f"the chat template `{name}` writes {', '.join(f'`{u}`' for u in unknown)}, which this tokenizer does "
-                    "not know: they become several ordinary tokens.",
+                    "not know: they become several ordinary tokens."
+                    + (f" Answers end with such, `{ends}`: generation does not stop there." if ends else ""),
                     "Use the model's own template (`chat_template: tokenizer_default`), or add them under `tokens`.",
                     kind="warning",
                     keys=("chat_template",),
