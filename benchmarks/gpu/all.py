@@ -5,8 +5,9 @@
     python benchmarks/gpu/all.py --out /tmp/all --tiny                  # the same rows, tiny, on a CPU
 
 A row is a command of its own. It is begun only where the time that it usually takes is left, is stopped (with all that it
-started) where it goes on beyond the end, and is then *unfinished*: speed.py and
-fp8_validation.py keep what they have measured and go on from there, the others begin anew. `all.json` is whole at every moment and says of each row: complete, unfinished, failed or not run.
+started) where it goes on beyond the end, and is then *unfinished*: speed.py and fp8_validation.py keep what they have
+measured and go on from there, the others begin anew. `all.json` is whole at every moment and says of each row: complete,
+unfinished, failed or not run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -101,9 +103,9 @@ def missing(row: Row, gpu: bool) -> str:
 def filled(row: Row, out: Path, work: Path, left: float, tiny: bool) -> str:
     """The command of a row; benchmarks that watch their own time are given a little less than there is."""
     return row.command.format(
-        python=sys.executable,
-        out=out,
-        work=work,
+        python=shlex.quote(sys.executable),
+        out=shlex.quote(str(out)),
+        work=shlex.quote(str(work)),
         left=round(max(1, left - 15)),
         tiny="--tiny" if tiny else "",
     )

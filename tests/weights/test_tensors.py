@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,7 +124,29 @@ def test_pages_shared_by_tensors_are_written_whole(
     assert all(torch.equal(found[n], t) for n, t in tensors.items())
 
 
-def test_a_disk_that_fills_up_is_told_when_the_file_is_opened(tmp_path: Path) -> None:
+def test_a_disk_without_room_is_told_when_the_file_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fallocate(*_: object) -> int:
+        ctypes.set_errno(errno.ENOSPC)
+        return -1
+
+    monkeypatch.setattr(
+        "axolotl.weights.direct.ctypes.CDLL", lambda *_, **__: SimpleNamespace(fallocate=fallocate)
+    )
+    monkeypatch.setattr(
+        "axolotl.weights.direct._opened_past_the_cache", lambda path: os.open(path, os.O_WRONLY)
+    )
+    opened = len(os.listdir("/proc/self/fd"))
+    with (
+        pytest.raises(OSError, match="No space left"),
+        ShardWriter(tmp_path / "x", {"a": Spec("U8", (9,))}, {}),
+    ):
+        raise AssertionError("not reached")
+    assert len(os.listdir("/proc/self/fd")) == opened
+
+
+def test_a_size_that_no_file_can_have_is_told_when_the_file_is_opened(tmp_path: Path) -> None:
     with pytest.raises(OSError), ShardWriter(tmp_path / "x", {"a": Spec("U8", (2**60,))}, {}):
         raise AssertionError("not reached")
 

@@ -198,11 +198,16 @@ class ChatRenderer:
 
     def stop_tokens(self) -> list[str]:
         """What ends a turn of the assistant: the named eot_tokens that the template writes, else what it writes there."""
-        turns = self._probe_turns()
-        if not turns or turns[-1].stop is None or self.probe is None:
+        written = self._written_stop(self._probe_turns())
+        if written is None:
             return [self.tokenizer.eos_token] if self.tokenizer.eos_token else []
-        start, end = turns[-1].stop
-        return [self.probe.text[start:end]]
+        return [written]
+
+    def _written_stop(self, turns: list[Turn]) -> str | None:
+        """What the template writes behind the last of the probe's turns."""
+        if not turns or turns[-1].stop is None or self.probe is None:
+            return None
+        return self.probe.text[slice(*turns[-1].stop)]
 
     def problems(self) -> list[Problem]:
         """What is wrong or doubtful with the template, told before any row is read."""
@@ -220,13 +225,12 @@ class ChatRenderer:
                 )
             ]
         turns = self._probe_turns()
-        stop = turns[-1].stop if turns else None
+        written = self._written_stop(turns)
         vocabulary = self.encoder.backend
         unknown = sorted(
             {m for m in _CONTROL_LIKE.findall(self._literal()) if vocabulary.token_to_id(m) is None}
         )
-        text = self.probe.text[slice(*stop)] if stop is not None and self.probe is not None else ""
-        ends = next((u for u in unknown if u in text), "")
+        ends = next((u for u in unknown if u in (written or "")), "")
         if unknown:
             found.append(
                 Problem(
@@ -293,7 +297,7 @@ class ChatRenderer:
                 )
             )
         trains_assistant = "assistant" in self.roles_to_train or self.train_on_inputs
-        if stop is None and self.rule.train_on_eos != "none" and trains_assistant:
+        if written is None and self.rule.train_on_eos != "none" and trains_assistant:
             found.append(
                 Problem(
                     f"the chat template `{name}` writes nothing that ends a turn of the assistant: a model trained with "
@@ -304,13 +308,12 @@ class ChatRenderer:
                     keys=("chat_template",),
                 )
             )
-        elif stop is not None and self.probe is not None:
-            text = self.probe.text[stop[0] : stop[1]]
-            when = self.rule.when(text)
+        elif written is not None:
+            when = self.rule.when(written)
             if self.rule.train_on_eot not in (None, when) and self.rule.train_on_eos is None:
                 found.append(
                     Problem(
-                        f"`train_on_eot: {self.rule.train_on_eot}` does not narrow what is trained of `{text}`: that is "
+                        f"`train_on_eot: {self.rule.train_on_eot}` does not narrow what is trained of `{written}`: that is "
                         f"the EOS token, which follows `train_on_eos`, and that is `{when}`.",
                         f"Write `train_on_eos: {self.rule.train_on_eot}`.",
                         kind="warning",
@@ -320,7 +323,7 @@ class ChatRenderer:
             if when == "none":
                 found.append(
                     Problem(
-                        f"the end of a turn, `{text}`, is not trained, because the config says `none`: the model will "
+                        f"the end of a turn, `{written}`, is not trained, because the config says `none`: the model will "
                         "not learn to stop.",
                         kind="warning",
                         keys=("train_on_eos", "train_on_eot"),

@@ -124,8 +124,8 @@ class Stream:
         self.data, self.tasks, self.skips, self.workers = data, tasks, skips, workers
         self._tokenizer = tokenizer
         self.counts = [Counts() for _ in tasks]
-        self._lengths: list[int] = []  # of rows, as long as none of a dataset is left
         """What became of the rows read by this process."""
+        self._lengths: list[int] = []  # of rows, as long as none of a dataset is left
         self._told: set[tuple[int, str]] = set()
         self._watches: dict[int, Watch | None] = {}
         self._shares = self._sizes()

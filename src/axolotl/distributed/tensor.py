@@ -22,6 +22,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from axolotl.errors import ModelError, Problem
@@ -178,7 +179,7 @@ def _sum_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
 
     transformers' style sums what has gathered in `grad`, which is wrong from the second micro batch of a step on.
     """
-    hooked: set[int] = set()
+    hooked = WeakTensorKeyDictionary()
 
     def total(gradient: torch.Tensor) -> torch.Tensor:
         gradient = gradient.contiguous()
@@ -188,8 +189,8 @@ def _sum_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
     def look(module: nn.Module, inputs: Any) -> None:
         # FSDP puts others in their place while the layer computes.
         for parameter in module.parameters(recurse=False):
-            if parameter.requires_grad and torch.is_grad_enabled() and id(parameter) not in hooked:
-                hooked.add(id(parameter))
+            if parameter.requires_grad and torch.is_grad_enabled() and parameter not in hooked:
+                hooked[parameter] = True
                 parameter.register_hook(total)
 
     module.register_forward_pre_hook(look)

@@ -9,15 +9,24 @@ Shapes: T tokens, D width of the model, V words of the head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from axolotl.kernels.triton_language import compute_dtype, power_of_2, programs, runs_on
 
 CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 24}
 """Logits that one chunk holds, by kind of device."""
+
+ChunkLoss = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, int, float | None, float, bool],
+    tuple[torch.Tensor, torch.Tensor],
+]
+"""(logits, targets, one over the items, ignored target, softcap, scale, whether slopes are wanted) → the summed loss of a
+chunk, and the gradient of the mean loss with respect to its raw logits, in their type."""
 
 
 def plain_linear_cross_entropy(
@@ -64,6 +73,28 @@ def linear_cross_entropy(
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or targets.shape != x.shape[:1]:
         raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}")
+    use_triton = runs_on(x) if triton is None else triton
+    loss_of = _chunk_by_triton if use_triton else _chunk
+    return mean_by_chunks(x, weight, bias, targets, items, loss_of, ignore_index, softcap, scale, chunks)
+
+
+def mean_by_chunks(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    items: torch.Tensor | float | None,
+    loss_of: ChunkLoss,
+    ignore_index: int,
+    softcap: float | None,
+    scale: float,
+    chunks: int | None,
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """The mean loss by `loss_of` over chunks of the tokens, a float32 scalar; see `linear_cross_entropy` for the rest.
+
+    `group`: processes that each hold a part of the words; the gradient of x is summed over them.
+    """
     if items is None:
         items = (targets != ignore_index).sum()
     divisor = torch.as_tensor(items, dtype=torch.float32, device=x.device)
@@ -72,8 +103,7 @@ def linear_cross_entropy(
     # Of equal length, so that the last one is not a stub.
     count = chunks or -(-T * V // max(most, V)) or 1
     length = -(-T // count)
-    use_triton = runs_on(x) if triton is None else triton
-    options = (ignore_index, softcap, scale, max(1, min(length, T)), use_triton, compute_dtype(x))
+    options = (ignore_index, softcap, scale, max(1, min(length, T)), loss_of, compute_dtype(x), group)
     loss: torch.Tensor = _LinearCrossEntropy.apply(x, weight, bias, targets, divisor, options)
     return loss
 
@@ -87,9 +117,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         divisor: torch.Tensor,
-        options: tuple[int, float | None, float, int, bool, torch.dtype],
+        options: tuple[int, float | None, float, int, ChunkLoss, torch.dtype, dist.ProcessGroup | None],
     ) -> torch.Tensor:
-        ignore, softcap, scale, length, use_triton, dtype = options
+        ignore, softcap, scale, length, loss_of, dtype, group = options
         wants_x, wants_w, wants_b = ctx.needs_input_grad[:3]
         inverse = divisor.reciprocal()
         total = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -98,7 +128,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x) if wants_x else None
         dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device) if wants_w else None
         db = torch.zeros(weight.shape[0], dtype=torch.float32, device=x.device) if wants_b else None
-        loss_of = _chunk_by_triton if use_triton else _chunk
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, x.shape[0], length):
                 part, y = x[start : start + length].to(dtype), targets[start : start + length]
@@ -116,6 +145,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if db is not None:
                     db += slope.sum(0, dtype=torch.float32)
                 del logits, slope
+        if dx is not None and group is not None:
+            dist.all_reduce(dx, group=group)
         # Not as saved tensors: hooks that move those to the CPU (`activation_offloading`) would carry the head's gradient
         # there and back in each step. They are of this function's making, so nothing can change them meanwhile.
         ctx.gradients = (

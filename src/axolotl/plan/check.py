@@ -21,7 +21,6 @@ from axolotl.optim.registry import optimizers, schedules
 from axolotl.registry import PACKAGE_ROOT, Registry
 
 # The others go through PEFT by name; each of them was trained and merged.
-# The others go through PEFT by name; each of them was trained and merged.
 ADAPTERS = (
     "lora", "qlora", "fourierft", "hra", "ia3", "loha", "lokr", "miss", "oft", "randlora", "road", "shira", "vera",
 )  # fmt: skip

@@ -197,7 +197,7 @@ def _course(
     never = 2**31 - 1
     values: dict[str, Any] = {"max_steps": volume.total_steps}
     if when.evaluate:
-        values |= {"eval_strategy": "steps", "eval_steps": never, "eval_on_start": False}
+        values |= {"eval_strategy": "steps", "eval_steps": never}
         values["eval_on_start"] = not resuming and train.eval_on_start is not False
     if train.save_strategy == "best":
         values["save_strategy"] = "best"

@@ -46,10 +46,15 @@ class OutputFile:
         """Pages that are not yet written, by number: what they hold so far and how many bytes of it are there."""
         self._own = threading.local()
         self.plain = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.truncate(self.plain, size)
-        self._direct = _opened_past_the_cache(path)
-        if self.direct:
-            _reserve(self.plain, size)
+        self._direct: int | None = None
+        try:
+            os.truncate(self.plain, size)
+            self._direct = _opened_past_the_cache(path)
+            if self.direct:
+                _reserve(self.plain, size)
+        except BaseException:
+            self._close()
+            raise
 
     @property
     def direct(self) -> bool:
@@ -67,9 +72,12 @@ class OutputFile:
                 for number, (page, _) in sorted(self._shared.items()):
                     _write_all(self.plain, memoryview(page)[: self.size - number * PAGE], number * PAGE)
         finally:
-            os.close(self.plain)
-            if self._direct is not None:
-                os.close(self._direct)
+            self._close()
+
+    def _close(self) -> None:
+        os.close(self.plain)
+        if self._direct is not None:
+            os.close(self._direct)
 
     def write(self, data: memoryview, at: int) -> None:
         """Writes bytes to their place. Those of a `Buffer.piece` for that place are not copied before."""
