@@ -241,6 +241,22 @@ def test_weights_that_a_layer_takes_from_elsewhere_are_an_error(
     assert "The rows were not compared: its layers" in capsys.readouterr().err
 
 
+def test_a_model_whose_own_code_fails_on_the_rows_is_compared_by_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import LlamaModel
+
+    def picky(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("an even number of tokens, please")
+
+    folder = train(tmp_path / "adapter", LLAMA, lora())
+    monkeypatch.setattr(LlamaModel, "forward", picky)
+    report = merge(section(LLAMA), lora(), folder, tmp_path / "merged", verify="by layers")
+    assert isinstance(report.checks[0], verify.LayerCheck)
+    assert "an even number of tokens, please" in capsys.readouterr().err
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
 def test_checking_layer_by_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

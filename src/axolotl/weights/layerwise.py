@@ -104,7 +104,11 @@ def logits_by_layers(
                     around.enter_context(deferred.present(block))
             # What follows a row is not seen by it: layers look back only.
             logits = model(input_ids=ids, use_cache=False).logits
-    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+    except NotLayerwiseError:
+        raise
+    except (
+        Exception
+    ) as error:  # of the model's own code, whichever: the merge is written, and another check can follow
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise NotLayerwiseError(f"its layers do not run one by one: {reason}") from error
     if logits.is_meta:
